@@ -377,6 +377,10 @@ pub struct Counters {
     pub passed_questions: u64,
     /// DNS responses that the programs let pass after they had learned the addresses.
     pub passed_answers: u64,
+    /// DNS queries that passed unread because no agent ran; over TCP, segments.
+    pub unread_questions: u64,
+    /// DNS responses that passed unread because no agent ran; over TCP, segments; and fragments that may belong to one.
+    pub unread_answers: u64,
 }
 
 /// Value of `meters`, keyed by pod: the pod's token buckets for the ring buffers, and the number of packets
@@ -499,14 +503,14 @@ const _: () = {
     assert!(size_of::<Flow>() == 16);
     assert!(size_of::<Held>() == 24);
     assert!(size_of::<Denial>() == 72);
-    assert!(size_of::<Counters>() == 20 * 8);
+    assert!(size_of::<Counters>() == 22 * 8);
     assert!(size_of::<DecisionKey>() == 256);
     assert!(size_of::<Decision>() == 48);
     assert!(size_of::<PendingKey>() == 40);
     assert!(size_of::<PendingQuery>() == 264 + 48 + 16);
     assert!(size_of::<LearnedEntry>() == 48);
     assert!(size_of::<LearnedNote>() == 256 + 16 + 16);
-    assert!(size_of::<DnsTimes>() == 32);
+    assert!(size_of::<DnsTimes>() == 48);
     assert!(size_of::<Meter>() == 9 * 8);
     assert!(size_of::<Probes>() == 2 * 8);
     assert!(size_of::<Forged>() == 2 * 8);

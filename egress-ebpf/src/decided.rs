@@ -66,7 +66,7 @@ fn is_decided(interface: &Interface, message: &mut Message) -> bool {
         return false;
     };
     message.query.decision = *decision;
-    decision.generation == times.generation
+    decision.generation == times.generation && times.passes_decided(now_ns())
 }
 
 /// Keeps the query, so that its response can be recognised. Returns false if that cannot be, or if a query with the same

@@ -29,6 +29,7 @@ use crate::{
     rules::{IS_TUNNEL, PASSES, Rules, denied, judge_by_rules, may_be_dns_port, range_of},
     skb::{Skb, now_ns},
     sources::{asks_for_an_address, is_own, not_own},
+    unread,
 };
 
 /// The verdict on a frame from the pod.
@@ -392,6 +393,10 @@ fn hold_question(ctx: &TcContext, interface: &Interface, policy: &Policy, packet
     }
     if decided::passes(ctx, interface, packet) {
         count(|c| c.passed_questions += 1);
+        return pass(&skb);
+    }
+    if is_known && unread::passes() {
+        count(|c| c.unread_questions += 1);
         return pass(&skb);
     }
     if !held::take(&skb, interface, HELD_QUESTION, true) {

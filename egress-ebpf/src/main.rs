@@ -65,6 +65,7 @@ mod rules;
 mod skb;
 mod sources;
 mod to_pod;
+mod unread;
 
 use aya_ebpf::{macros::classifier, programs::TcContext};
 

@@ -25,6 +25,7 @@ use crate::{
     maps::{AGAIN_MARK, BOUNCE_MARK, DELIVER_MARK, INTERFACE, PROBE_MARK},
     rules::{may_be_dns_port, range_of},
     skb::{Skb, now_ns},
+    unread,
 };
 
 /// The verdict on a frame to the pod.
@@ -121,6 +122,10 @@ fn judge_packet(ctx: &TcContext, interface: &Interface, packet: &Packet) -> Opti
     }
     if is_answer && !is_fragment(packet) && learn::delivers(ctx, interface, packet) {
         count(|c| c.passed_answers += 1);
+        return None;
+    }
+    if unread::passes() {
+        count(|c| c.unread_answers += 1);
         return None;
     }
     if !held::take(&skb, interface, HELD_ANSWER, true) {

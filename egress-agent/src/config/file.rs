@@ -10,7 +10,7 @@ use serde_saphyr::{
 
 use super::{
     Cluster, ConfigError, ExistingConnections, Limits, OnDeny, Place, Quarantine, Ranges, Serve,
-    UnenforcedInterfaces, dns, read,
+    UnenforcedInterfaces, WhenAgentDown, dns, read,
     written::{Written, section},
 };
 use egress_policy::{Mode, PodAnnotations};
@@ -29,6 +29,8 @@ pub(super) struct File {
     pub(super) ranges: Ranges,
     #[serde(deserialize_with = "section")]
     pub(super) dns: dns::Section,
+    #[serde(deserialize_with = "section")]
+    pub(super) when_agent_down: WhenAgentDown,
     #[serde(deserialize_with = "read::word")]
     pub(super) on_deny: OnDeny,
     #[serde(deserialize_with = "read::word")]
@@ -61,6 +63,7 @@ impl Default for File {
             pod_annotations: PodAnnotations::Grant,
             ranges: Ranges::default(),
             dns: dns::Section::default(),
+            when_agent_down: WhenAgentDown::default(),
             on_deny: OnDeny::Drop,
             unenforced_interfaces: UnenforcedInterfaces::Report,
             existing_connections: ExistingConnections::Judge,

@@ -28,6 +28,9 @@
 //!   autopath: auto              # auto | on | off: whether resolvers walk search lists
 //!   learn: agent                # agent | kernel: who reads responses to names that are decided
 //!   refusal: nxdomain           # nxdomain | refused
+//! whenAgentDown:                # DNS while no agent runs
+//!   resolveFor: 24h             # names that are decided resolve for this long; with dns.learn: kernel
+//!   undecided: hold             # hold | deliver: all other DNS
 //! limits:
 //!   addressesPerPod: 4096
 //!   flowsPerPod: 16384
@@ -50,6 +53,7 @@
 //! `file` has the keys, and turns serde's errors into [`ConfigError`]. `written` and `read` read single values. Each
 //! section of the file has a module.
 
+mod absence;
 mod dns;
 mod error;
 mod file;
@@ -75,6 +79,7 @@ use egress_common::{
     translation::range_kind,
 };
 
+pub use absence::{Undecided, WhenAgentDown};
 pub use dns::{Dns, Learn, Refusal};
 pub use error::{ConfigError, Place};
 use file::File;
@@ -99,6 +104,8 @@ pub struct Config {
     pub ranges: Ranges,
     /// Resolvers, and what becomes of their responses.
     pub dns: Dns,
+    /// What becomes of DNS while no agent runs.
+    pub when_agent_down: WhenAgentDown,
     /// What a denied packet gets.
     pub on_deny: OnDeny,
     /// What becomes of a pod with an interface that cannot be enforced.
@@ -174,6 +181,7 @@ impl Config {
             pod_annotations: file.pod_annotations,
             ranges: file.ranges,
             dns: file.dns.try_into()?,
+            when_agent_down: file.when_agent_down,
             on_deny: file.on_deny,
             unenforced_interfaces: file.unenforced_interfaces,
             existing_connections: file.existing_connections,

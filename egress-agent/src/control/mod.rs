@@ -241,6 +241,8 @@ fn dns_settings(config: &Config) -> DnsSettings {
         protected: policy.protected,
         translators: policy.translators,
         autopath: config.dns.autopath,
+        resolve_for: config.when_agent_down.resolve_for,
+        delivers_undecided: config.when_agent_down.undecided == config::Undecided::Deliver,
         resolvers: config
             .dns
             .resolvers

@@ -88,6 +88,7 @@ fn fixed_key(now: &Config, next: &Config) -> Option<&'static str> {
         ),
         ("stateDir", now.state_dir == next.state_dir),
         ("bpffs", now.bpffs == next.bpffs),
+        ("dns.learn", now.dns.learn == next.dns.learn),
         ("limits", now.limits == next.limits),
         ("cluster", now.cluster == next.cluster),
         ("quarantine", now.quarantine == next.quarantine),
@@ -101,6 +102,7 @@ fn fixed_key(now: &Config, next: &Config) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Learn;
 
     #[test]
     fn what_only_a_new_start_takes_on_is_named() {
@@ -111,6 +113,11 @@ mod tests {
         let now = read("");
         assert_eq!(fixed_key(&now, &read("onDeny: reject")), None);
         assert_eq!(fixed_key(&now, &read("bpffs: /elsewhere")), Some("bpffs"));
+        let mut learn = now.clone();
+        learn.dns.learn = Learn::Kernel;
+        assert_eq!(fixed_key(&now, &learn), Some("dns.learn"));
+        let down = read("whenAgentDown: {resolveFor: 1h}");
+        assert_eq!(fixed_key(&now, &down), None);
         let trust = read("existingConnections: trust");
         assert_eq!(fixed_key(&now, &trust), Some("existingConnections"));
         let limits = read("limits: {addressesPerPod: 7}");

@@ -49,6 +49,7 @@ impl CounterMap {
                 audited_packets, held_questions, held_answers, held_lost, held_limited,
                 held_too_long, rejects_lost, denials_limited, denials_lost, flows_full,
                 openings_evicted, flows_evicted, no_policy, passed_questions, passed_answers,
+                unread_questions, unread_answers,
             );
         }
         Ok(sum)

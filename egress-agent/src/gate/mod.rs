@@ -98,6 +98,10 @@ pub struct DnsSettings {
     pub resolvers: HashSet<(Address, u16)>,
     /// Whether resolvers walk search lists.
     pub autopath: Autopath,
+    /// How long names that are decided resolve while no agent runs.
+    pub resolve_for: Duration,
+    /// Whether all other DNS messages pass unread while no agent runs.
+    pub delivers_undecided: bool,
 }
 
 impl DnsSettings {

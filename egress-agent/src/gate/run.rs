@@ -273,6 +273,7 @@ impl Runner {
 
     fn tick(&mut self) {
         let now_ns = boottime_ns();
+        self.notes.beat(now_ns);
         if let Some(messages) = self.unclaimed.due(now_ns) {
             tracing::warn!(
                 messages,

@@ -227,6 +227,8 @@ impl Scrape {
             no_policy,
             passed_questions,
             passed_answers,
+            unread_questions,
+            unread_answers,
         } = self.kernel;
         let direction = |direction: &str| vec![("direction", direction.to_owned())];
         page.counters(
@@ -243,6 +245,14 @@ impl Scrape {
             [
                 (direction("question"), passed_questions),
                 (direction("answer"), passed_answers),
+            ],
+        )?;
+        page.counters(
+            "egress_agent_dns_unread",
+            "DNS messages that passed unread because no agent ran (`whenAgentDown.undecided: deliver`); over TCP, segments",
+            [
+                (direction("question"), unread_questions),
+                (direction("answer"), unread_answers),
             ],
         )?;
         let why = |why: &str| vec![("why", why.to_owned())];

@@ -147,13 +147,41 @@ pub struct DnsTimes {
     pub max_ttl_ns: u64,
     /// `dns.grace` in nanoseconds.
     pub grace_ns: u64,
+    /// When the agent last showed that it runs, in nanoseconds of `CLOCK_BOOTTIME`.
+    pub beat_ns: u64,
+    /// `whenAgentDown.resolveFor` in nanoseconds.
+    pub resolve_for_ns: u64,
     /// Changes with the settings on which decisions depend.
     pub generation: u32,
-    /// Always zero.
-    pub pad: u32,
+    /// `whenAgentDown.undecided`: 1 for `deliver`, 0 for `hold`.
+    pub delivers_undecided: u32,
 }
 
+/// An agent that has not shown for this long that it runs counts as down. It shows it four times a second.
+const AGENT_DOWN_NS: u64 = 3_000_000_000;
+
 impl DnsTimes {
+    /// Whether no agent runs.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_agent_down(&self, now_ns: u64) -> bool {
+        now_ns.saturating_sub(self.beat_ns) > AGENT_DOWN_NS
+    }
+
+    /// Whether queries for decided names pass: while the agent runs, and for `resolve_for_ns` after it.
+    #[inline(always)]
+    #[must_use]
+    pub const fn passes_decided(&self, now_ns: u64) -> bool {
+        now_ns.saturating_sub(self.beat_ns) <= self.resolve_for_ns || !self.is_agent_down(now_ns)
+    }
+
+    /// Whether DNS messages that the agent has to read pass unread.
+    #[inline(always)]
+    #[must_use]
+    pub const fn passes_undecided(&self, now_ns: u64) -> bool {
+        self.delivers_undecided != 0 && self.is_agent_down(now_ns)
+    }
+
     /// How long an address stays allowed that a response contains with this TTL. A TTL with its highest bit set counts
     /// as zero (RFC 2181, section 8).
     #[inline(always)]
@@ -172,5 +200,42 @@ impl DnsTimes {
             self.min_ttl_ns
         };
         clamped + self.grace_ns
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND_NS: u64 = 1_000_000_000;
+
+    #[test]
+    fn decided_names_pass_for_as_long_after_the_agent_as_configured() {
+        let mut times = DnsTimes {
+            beat_ns: 100 * SECOND_NS,
+            resolve_for_ns: 60 * SECOND_NS,
+            ..DnsTimes::default()
+        };
+        assert!(times.passes_decided(100 * SECOND_NS));
+        assert!(times.passes_decided(160 * SECOND_NS));
+        assert!(!times.passes_decided(160 * SECOND_NS + 1));
+        // Whatever is configured, they pass while the agent runs. Another CPU may have read the clock earlier.
+        times.resolve_for_ns = 0;
+        assert!(times.passes_decided(99 * SECOND_NS));
+        assert!(times.passes_decided(times.beat_ns + AGENT_DOWN_NS));
+        assert!(!times.passes_decided(times.beat_ns + AGENT_DOWN_NS + 1));
+    }
+
+    #[test]
+    fn undecided_names_pass_only_without_an_agent_and_if_configured() {
+        let mut times = DnsTimes {
+            beat_ns: 100 * SECOND_NS,
+            ..DnsTimes::default()
+        };
+        assert!(!times.passes_undecided(u64::MAX));
+        times.delivers_undecided = 1;
+        assert!(!times.passes_undecided(100 * SECOND_NS));
+        assert!(!times.passes_undecided(times.beat_ns + AGENT_DOWN_NS));
+        assert!(times.passes_undecided(times.beat_ns + AGENT_DOWN_NS + 1));
     }
 }

@@ -1,5 +1,6 @@
 //! DNS: which queries a pod may send, and which addresses the responses allow.
 
+mod agent_down;
 mod answers;
 mod autopath;
 mod clients;

@@ -25,8 +25,8 @@ fn an_error_names_the_key_and_the_place() {
         (
             "node: n1\ndefautMode: off\n",
             "line 2, column 1: defautMode: is not a known key: expected one of node, defaultMode, \
-             podAnnotations, ranges, dns, onDeny, unenforcedInterfaces, existingConnections, stateDir, \
-             bpffs, limits, cluster, quarantine, http, socket",
+             podAnnotations, ranges, dns, whenAgentDown, onDeny, unenforcedInterfaces, existingConnections, \
+             stateDir, bpffs, limits, cluster, quarantine, http, socket",
         ),
         (
             "dns:\n  resolvers: [10.0.0.1]\n  ttl: 5\n",
@@ -123,6 +123,15 @@ fn an_error_names_the_key_and_the_place() {
         (
             "dns: {resolvers: [10.0.0.1], maxTtl: 30}",
             "line 1, column 38: dns.maxTtl: `30` makes dns.minTtl (60 s) longer than dns.maxTtl (30 s)",
+        ),
+        (
+            "whenAgentDown: {resolveFor: soon}",
+            "line 1, column 29: whenAgentDown.resolveFor: `soon` is not a duration: expected seconds, or a number \
+             with s, m, h or d, of at most 2147483647 seconds",
+        ),
+        (
+            "whenAgentDown: {undecided: pass}",
+            "line 1, column 28: whenAgentDown.undecided: `pass` is not one of hold, deliver",
         ),
         (
             "dns: {resolvers: [10.0.0.1], autopath: yes}",
@@ -241,8 +250,8 @@ fn an_error_names_the_place_where_a_value_is_used() {
         (
             "1: a",
             "line 1, column 1: 1: is not a known key: expected one of node, defaultMode, podAnnotations, \
-             ranges, dns, onDeny, unenforcedInterfaces, existingConnections, stateDir, bpffs, limits, cluster, \
-             quarantine, http, socket",
+             ranges, dns, whenAgentDown, onDeny, unenforcedInterfaces, existingConnections, stateDir, bpffs, \
+             limits, cluster, quarantine, http, socket",
         ),
         (
             "# a comment\ntext",

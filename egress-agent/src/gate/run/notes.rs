@@ -4,12 +4,14 @@ use anyhow::Result;
 use egress_common::{ids::PodId, records::DnsTimes};
 
 use super::{super::judge::DecisionContext, Runner};
-use crate::datapath::{DnsTimesMap, NoteRing};
+use crate::datapath::{DnsTimesMap, NoteRing, boottime_ns};
 
 /// The programs' notes and settings.
 pub(in super::super) struct Notes {
     ring: NoteRing,
     times: DnsTimesMap,
+    /// The settings as they were last written.
+    written: DnsTimes,
     /// Whether the resolvers were known to walk search lists when the settings were last written.
     walks: bool,
 }
@@ -29,6 +31,7 @@ impl Notes {
         let mut notes = Self {
             ring,
             times,
+            written: DnsTimes::default(),
             walks: false,
         };
         notes.configure(context)?;
@@ -44,13 +47,24 @@ impl Notes {
         self.walks = context.walks_search_lists();
         context.generation = context.generation.wrapping_add(1);
         let dns = &context.dns;
-        self.times.set(DnsTimes {
+        self.written = DnsTimes {
             min_ttl_ns: dns.min_ttl.as_nanos() as u64,
             max_ttl_ns: dns.max_ttl.as_nanos() as u64,
             grace_ns: dns.grace.as_nanos() as u64,
+            beat_ns: boottime_ns(),
+            resolve_for_ns: dns.resolve_for.as_nanos() as u64,
             generation: context.generation,
-            pad: 0,
-        })
+            delivers_undecided: u32::from(dns.delivers_undecided),
+        };
+        self.times.set(self.written)
+    }
+
+    /// Shows the programs that the agent runs.
+    pub(in super::super) fn beat(&mut self, now_ns: u64) {
+        self.written.beat_ns = now_ns;
+        if let Err(error) = self.times.set(self.written) {
+            tracing::error!(%error, "cannot show the programs that the agent runs: DNS of pods will go on as without it");
+        }
     }
 
     /// Whether a response has shown since that the resolvers walk search lists.

@@ -1,0 +1,165 @@
+//! DNS while no agent runs.
+
+use std::time::{Duration, Instant};
+
+use egress_tests::{
+    Agent, DEADLINE, Lab, Pod, SHORT,
+    addresses::{RESOLVER, server},
+    dns::{DnsStream, RecordType},
+    eventually, exchange, holds,
+    observed::HTTP,
+};
+
+struct Scene {
+    agent: Agent,
+    pod: Pod,
+    lab: Lab,
+}
+
+impl Scene {
+    /// A pod that may reach `shop.test` and `late.test`, and has resolved `shop.test`.
+    #[track_caller]
+    fn new(learn: &str, (key, value): (&str, &str)) -> Self {
+        let lab = Lab::builder()
+            .config("dns.learn", learn)
+            .config(key, value)
+            .config("http", HTTP)
+            .build();
+        for (name, n) in [("shop.test", 10), ("late.test", 20), ("other.test", 30)] {
+            lab.dns().addresses(name, &[server(n)]);
+        }
+        let pod = lab.pod("shop", "cart");
+        lab.write_pod(&pod, &[("allow", "shop.test:443 late.test:443")]);
+        let agent = lab.start_agent(&[&pod]);
+        assert_eq!(pod.lookup("shop.test"), [server(10)]);
+        Self { agent, pod, lab }
+    }
+
+    fn is_resolved(&self, name: &str) -> bool {
+        let response = self.pod.try_resolve(RESOLVER, name, RecordType::A, SHORT);
+        response.is_some_and(|response| !response.addresses.is_empty())
+    }
+
+    #[track_caller]
+    fn wait_resolved(&self, name: &str, expected: bool) {
+        eventually(&format!("{name} is resolved: {expected}"), || {
+            holds(self.is_resolved(name) == expected)
+        });
+    }
+}
+
+#[test]
+fn decided_names_resolve_for_as_long_as_configured() {
+    let mut scene = Scene::new("kernel", ("whenAgentDown.resolveFor", "0s"));
+    // While the agent runs, the time does not count.
+    for n in 1..5 {
+        scene.lab.dns().addresses("shop.test", &[server(10 + n)]);
+        assert_eq!(scene.pod.lookup("shop.test"), [server(10 + n)]);
+    }
+    let _web = scene.lab.serve_tcp(443);
+    let mut open = scene.pod.talks_tcp((server(14), 443));
+    scene.agent.kill();
+    scene.wait_resolved("shop.test", false);
+    // Addresses live as long as their responses said.
+    scene.pod.talks_tcp((server(14), 443));
+    assert!(exchange(&mut open, b"still here", DEADLINE));
+
+    scene.agent = scene.lab.start_agent(&[&scene.pod]);
+    assert_eq!(scene.pod.lookup("shop.test"), [server(14)]);
+    assert!(exchange(&mut open, b"still here", DEADLINE));
+}
+
+#[test]
+fn undecided_names_are_delivered_without_an_agent_if_configured() {
+    for learn in ["agent", "kernel"] {
+        let mut scene = Scene::new(learn, ("whenAgentDown.undecided", "deliver"));
+        let _web = scene.lab.serve_tcp(443);
+        assert!(!scene.is_resolved("other.test"), "an agent runs");
+        scene.agent.kill();
+        scene.wait_resolved("other.test", true);
+        assert!(scene.is_resolved("late.test"));
+        let mut stream = DnsStream::open(&scene.pod, RESOLVER);
+        stream.ask(1, "late.test");
+        assert_eq!(stream.expect(1).addresses, [server(20)]);
+        // The responses teach nothing.
+        for n in [20, 30] {
+            assert!(!scene.pod.reaches(server(n)), "{n} is open");
+        }
+        scene.pod.talks_tcp((server(10), 443));
+
+        scene.agent = scene.lab.start_agent(&[&scene.pod]);
+        let metrics = scene.lab.metrics();
+        for direction in ["question", "answer"] {
+            let series = format!("egress_agent_dns_unread_total{{direction=\"{direction}\"}}");
+            assert!(metrics.get(&series) >= 2.0, "{series}");
+        }
+        assert!(!scene.is_resolved("other.test"), "an agent runs again");
+        assert_eq!(scene.pod.lookup("late.test"), [server(20)]);
+        scene.pod.talks_tcp((server(20), 443));
+        assert!(!scene.pod.reaches(server(30)), "30 is open");
+    }
+}
+
+#[test]
+fn without_an_agent_undecided_names_are_not_resolved_by_default() {
+    let mut scene = Scene::new("kernel", ("whenAgentDown.resolveFor", "24h"));
+    let _web = scene.lab.serve_tcp(443);
+    scene.agent.kill();
+    // Longer than it takes until an agent counts as down.
+    let killed = Instant::now();
+    while killed.elapsed() < Duration::from_secs(5) {
+        assert!(scene.is_resolved("shop.test"), "a decided name");
+        assert!(!scene.is_resolved("late.test"), "an undecided name");
+    }
+    assert_eq!(scene.lab.dns().queries_for("late.test"), 0);
+}
+
+/// Names whose addresses change each second, and a lookup and a connection to the address 200 times a second.
+#[test]
+fn under_load_no_lookup_fails_while_the_agent_is_killed_and_comes_back() {
+    const NAMES: usize = 40;
+    const ADDRESSES: u64 = 5;
+    const WITHOUT_AGENT: Duration = Duration::from_secs(60);
+    let lab = Lab::builder().config("dns.learn", "kernel").build();
+    let web = lab.serve_tcp(443);
+    let names: Vec<String> = (0..NAMES).map(|n| format!("n{n}.test")).collect();
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "*.test:443")]);
+    let mut agent = lab.start_agent(&[&pod]);
+    let began = Instant::now();
+    let address_of = |name: usize, second: u64| {
+        let host = 1 + name as u64 * ADDRESSES + second % ADDRESSES;
+        server(u8::try_from(host).expect("at most 200"))
+    };
+    let mut changed_in = None;
+    let mut lookups = 0;
+    let mut load = |until: Duration| {
+        while began.elapsed() < until {
+            let second = began.elapsed().as_secs();
+            if changed_in != Some(second) {
+                changed_in = Some(second);
+                for (n, name) in names.iter().enumerate() {
+                    lab.dns().addresses(name, &[address_of(n, second)]);
+                }
+                assert!(!pod.reaches(server(250)), "no name has this address");
+            }
+            let n = lookups % NAMES;
+            let address = address_of(n, second);
+            assert_eq!(pod.lookup(&names[n]), [address]);
+            drop(pod.reach_tcp((address, 443)));
+            lookups += 1;
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    let killed_at = Duration::from_secs(5);
+    load(killed_at);
+    agent.kill();
+    load(killed_at + WITHOUT_AGENT);
+    let agent = lab.start_agent(&[&pod]);
+    load(began.elapsed() + Duration::from_secs(5));
+    assert_eq!(pod.syn_retransmissions(), 0);
+    let denials = agent.denials();
+    let others = denials.iter().filter(|d| d.dst_ip != Some(server(250)));
+    assert_eq!(others.count(), 0, "{denials:?}");
+    assert!(web.peers().len() >= lookups, "a connection is missing");
+}
