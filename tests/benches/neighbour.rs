@@ -1,5 +1,6 @@
-//! The effect of a pod that makes the agent work on its neighbour's DNS: the pod's own server sends responses
-//! of 64 KiB over TCP, with fifteen aliases and thousands of addresses, on many connections at a time.
+//! The effect of a pod that makes the agent work on its neighbour's DNS, in two ways: the pod's own server sends
+//! responses of 64 KiB over TCP, with fifteen aliases and thousands of addresses, on many connections at a time; and
+//! the pod floods the agent with queries for names that are new each time.
 #![allow(
     clippy::allow_attributes,
     clippy::cast_precision_loss,
@@ -17,12 +18,12 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use common::{
     Spread,
-    dns::{Client, ZONE},
+    dns::{self, Client, ZONE},
     print_table, quantile,
     responder::Responder,
 };
@@ -36,7 +37,9 @@ use egress_tests::{
 const CONNECTIONS: usize = 120;
 const ALIASES: u16 = 15;
 const ADDRESSES: u16 = 4000;
-const ROUNDS: usize = 3;
+/// The number of queries of a flood in a millisecond.
+const FLOOD: u64 = 20;
+const ROUNDS: usize = 5;
 /// The number of names that the neighbour queries in each round, one by one.
 const NAMES: u32 = 100;
 
@@ -88,20 +91,20 @@ fn serve(lab: &Lab) {
     });
 }
 
-/// The attack; it runs while [`Attack::on`] is true.
+/// An attack; it runs while [`Attack::on`] is true.
+#[derive(Default)]
 struct Attack {
     on: Arc<AtomicBool>,
-    answers: Arc<AtomicU64>,
+    /// The number of costly responses that arrived, or of queries that were sent.
+    messages: Arc<AtomicU64>,
 }
 
 impl Attack {
-    fn start(pod: &Pod) -> Self {
-        let attack = Self {
-            on: Arc::default(),
-            answers: Arc::default(),
-        };
+    /// Costly responses, on all connections at a time.
+    fn costly_responses(pod: &Pod) -> Self {
+        let attack = Self::default();
         for id in 0..CONNECTIONS {
-            let (on, answers) = (Arc::clone(&attack.on), Arc::clone(&attack.answers));
+            let (on, answers) = (Arc::clone(&attack.on), Arc::clone(&attack.messages));
             let mut stream = pod.reach_tcp((RESOLVER, 53));
             stream
                 .set_read_timeout(Some(Duration::from_secs(120)))
@@ -125,38 +128,48 @@ impl Attack {
         }
         attack
     }
+    /// Queries for new names, [`FLOOD`] of them each millisecond.
+    fn flood(pod: &Pod) -> Self {
+        let attack = Self::default();
+        let (on, sent) = (Arc::clone(&attack.on), Arc::clone(&attack.messages));
+        let socket = pod.udp_socket((RESOLVER, 53));
+        thread::spawn(move || {
+            loop {
+                let began = Instant::now();
+                if on.load(Ordering::Relaxed) {
+                    for _ in 0..FLOOD {
+                        // The device may have no room.
+                        let _ = socket.send(&dns::question(dns::fresh()));
+                    }
+                    sent.fetch_add(FLOOD, Ordering::Relaxed);
+                }
+                thread::sleep(Duration::from_millis(1).saturating_sub(began.elapsed()));
+            }
+        });
+        attack
+    }
 }
 
-fn main() {
-    let lab = Lab::builder().without_dns().build();
-    let _responder = Responder::start(&lab);
-    serve(&lab);
-    let [greedy, neighbour] = ["greedy", "neighbour"].map(|name| lab.pod("b", name));
-    lab.write_pod(&greedy, &[("allow", "big.test:443")]);
-    lab.write_pod(&neighbour, &[("allow", &format!("*.{ZONE}:443"))]);
-    let _agent = lab.start_agent(&[&greedy, &neighbour]);
-    let attack = Attack::start(&greedy);
-    let client = Client::new(&neighbour, RESOLVER);
-    client.latencies(NAMES);
+/// Measures the neighbour's latencies without and with the attack, and prints them.
+fn measure(client: &Client, attack: &Attack, what: &str) {
     let mut quiet = (Vec::new(), Vec::new());
     let mut attacked = (Vec::new(), Vec::new());
-    let mut answers = 0;
+    let mut messages = 0;
     for _ in 0..ROUNDS {
         for (on, (p50, p99)) in [(false, &mut quiet), (true, &mut attacked)] {
             attack.on.store(on, Ordering::Relaxed);
-            // Waits until the last responses have arrived, or the first are on their way.
+            // Waits until the last messages have arrived, or the first are on their way.
             thread::sleep(Duration::from_secs(1));
-            let before = attack.answers.load(Ordering::Relaxed);
+            let before = attack.messages.load(Ordering::Relaxed);
             let taken = client.latencies(NAMES);
-            answers += attack.answers.load(Ordering::Relaxed) - before;
+            messages += attack.messages.load(Ordering::Relaxed) - before;
             p50.push(quantile(&taken, 0.5));
             p99.push(quantile(&taken, 0.99));
         }
     }
+    attack.on.store(false, Ordering::Relaxed);
     println!(
-        "{ROUNDS} rounds of {NAMES} fresh names of the neighbour, one by one, without and with \
-         {CONNECTIONS} connections of another pod that get {ALIASES} aliases and {ADDRESSES} addresses \
-         each time.\n"
+        "\n{ROUNDS} rounds of {NAMES} fresh names of the neighbour, one by one, without and with {what}.\n"
     );
     let us = |numbers: &[f64]| Spread::of(numbers.iter().copied()).number("µs", 0);
     print_table(&[
@@ -169,6 +182,27 @@ fn main() {
             Spread::of_ratios(&attacked.1, &quiet.1).ratio(),
         ],
     ]);
-    println!("The attacker got {answers} answers meanwhile.");
-    assert!(answers > 0, "there was an attack");
+    println!("There were {messages} messages of the attacker meanwhile.");
+    assert!(messages > 0, "there was an attack");
+}
+
+fn main() {
+    let lab = Lab::builder().without_dns().build();
+    let _responder = Responder::start(&lab);
+    serve(&lab);
+    let [greedy, neighbour] = ["greedy", "neighbour"].map(|name| lab.pod("b", name));
+    lab.write_pod(&greedy, &[("allow", &format!("big.test:443 *.{ZONE}:443"))]);
+    lab.write_pod(&neighbour, &[("allow", &format!("*.{ZONE}:443"))]);
+    let _agent = lab.start_agent(&[&greedy, &neighbour]);
+    let client = Client::new(&neighbour, RESOLVER);
+    client.latencies(NAMES);
+    let what = format!(
+        "{CONNECTIONS} connections of another pod that get {ALIASES} aliases and {ADDRESSES} addresses each time"
+    );
+    measure(&client, &Attack::costly_responses(&greedy), &what);
+    let what = format!(
+        "{} queries a second of another pod for names that are new",
+        FLOOD * 1000
+    );
+    measure(&client, &Attack::flood(&greedy), &what);
 }
