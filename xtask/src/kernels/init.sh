@@ -71,12 +71,13 @@ is_refused() {
     [ $? -eq 1 ]
 }
 
-# start SETTING: runs the agent with this `onDeny`, and waits until it is ready.
+# start SETTING [LEARN]: runs the agent with this `onDeny` and `dns.learn`, and waits until it is ready.
 start() {
     cat > /tmp/config.yaml << CONFIG
 onDeny: $1
 dns:
   resolvers: ["198.51.100.53", "2001:db8:1::53"]
+  learn: ${2:-agent}
 CONFIG
     egress-agent run --pods-dir /tmp/pods --config /tmp/config.yaml \
         >> /tmp/denials 2> /tmp/agent.log &
@@ -240,6 +241,18 @@ check "a denied connection is refused over IPv4" is_refused 198.51.100.9 80
 check "a denied connection is refused over IPv6" is_refused 2001:db8:1::9 80
 check "a name resolves" resolves late.example 198.51.100.53 198.51.100.10
 check "its address is reached" reaches 198.51.100.10
+
+kill -9 "$agent"
+check "the second agent is gone" within 10 has_ended
+check "an agent starts whose programs learn" start drop kernel
+check "a name resolves that was not decided" resolves shop.example 198.51.100.53 198.51.100.7
+kill -9 "$agent"
+check "the third agent is gone" within 10 has_ended
+check "without it, the decided name resolves" resolves shop.example 198.51.100.53 198.51.100.7
+check "its address is reached" reaches 198.51.100.7
+check "another name does not resolve" not resolves late.example 198.51.100.53 198.51.100.10
+check "an agent takes over what the programs have learned" start drop kernel
+check "its address is still reached" reaches 198.51.100.7
 
 kill "$agent"
 check "the agent ends when it is stopped" within 30 has_ended
