@@ -198,6 +198,7 @@ check_network_policy() {
     remove_network_policy
     soon 'without it the team'\''s address is reached again' reached reach "$NAMESPACE" selected "$ADDRESS" 443
     check 'and what only it accepted is not' 'not reached' reach "$NAMESPACE" selected "$OTHER_ADDRESS" 443
+    remove_network_policy_api
 }
 
 # Behind a restart of the agents.
@@ -221,12 +222,15 @@ check_objects_removed() {
 
 # --- taking down ---
 
-# The objects before the definition: while its definition goes, a policy stays in force.
 remove_network_policy() {
     if $made_network_policy; then
         made_network_policy=false
         k delete clusternetworkpolicy "$OBJECT" --ignore-not-found >&2
     fi
+}
+
+# When the agents know that the objects are gone: a policy that goes with its definition stays in force.
+remove_network_policy_api() {
     if $made_network_policy_api; then
         made_network_policy_api=false
         k delete --ignore-not-found --filename "$here/network-policy-api.yaml" >&2
@@ -236,6 +240,7 @@ remove_network_policy() {
 # That of the namespace goes with the namespace, too.
 remove_objects() {
     remove_network_policy
+    remove_network_policy_api
     $made_objects || return 0
     made_objects=false
     k delete --ignore-not-found --filename "$here/policies.yaml" >&2
