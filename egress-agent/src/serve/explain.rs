@@ -62,7 +62,7 @@ pub(super) async fn explain(
 ) -> Result<Explanation, String> {
     let read = Target::read(target)?;
     for _ in 0..ATTEMPTS {
-        let node = sources.published.snapshot();
+        let node = sources.published.current().await;
         let (_, state) = find(&node, pod)?;
         let mut explanation = Explanation {
             pod: pod.to_owned(),
