@@ -307,6 +307,14 @@ impl Published {
         });
     }
 
+    /// Whether a pod still has this version of its policy. The maps of an earlier one are removed once a later one is in
+    /// force.
+    pub fn is_in_force(&self, version: &Attached) -> bool {
+        let pods = self.pods();
+        let now = pods.get(&version.pod).and_then(|pod| pod.attached.as_ref());
+        now.is_some_and(|now| now.policy == version.policy)
+    }
+
     /// The pods in the kernel, by their ids.
     pub fn pods(&self) -> Guard<Arc<PodsById>> {
         self.pods.load()
