@@ -19,7 +19,11 @@ use nix::{
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::{DEADLINE, Namespace, Pod, workspace};
+use crate::{Namespace, Pod, workspace};
+
+/// The time limit of a line of the agent. A start loads the programs, which the kernel verifies: that alone may take half a
+/// minute on a crowded machine.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The log line once the agent watches the manifests.
 const LOG_READY: &str = "ready";
@@ -119,7 +123,7 @@ impl Lines {
 
     /// The first result of `pick` for a line from number `from` on; `None` at the deadline.
     fn wait<T>(&self, from: usize, mut pick: impl FnMut(&str) -> Option<T>) -> Option<T> {
-        let deadline = Instant::now() + DEADLINE;
+        let deadline = Instant::now() + PATIENCE;
         let mut next = from;
         let mut lines = self.lock();
         loop {
@@ -274,7 +278,7 @@ impl Agent {
     fn wait_log_from(&self, from: usize, what: &str, mut is: impl FnMut(&str) -> bool) -> String {
         self.stderr
             .wait(from, |line| is(line).then(|| line.to_owned()))
-            .unwrap_or_else(|| panic!("the agent did not log within {DEADLINE:?}: {what}"))
+            .unwrap_or_else(|| panic!("the agent did not log within {PATIENCE:?}: {what}"))
     }
 
     /// A field of its `/proc/<pid>/status` about memory, in KiB.
@@ -318,7 +322,7 @@ impl Agent {
             .wait(mark, |line| Some(parse(line)?).filter(|d| is(d)))
             .unwrap_or_else(|| {
                 panic!(
-                    "no such denial within {DEADLINE:?}: {what}; there were:\n{}",
+                    "no such denial within {PATIENCE:?}: {what}; there were:\n{}",
                     self.stdout.lock().join("\n")
                 )
             })
@@ -332,7 +336,7 @@ impl Agent {
                 let line = json_line(line);
                 (line["event"] == event && is(&line)).then_some(line)
             })
-            .unwrap_or_else(|| panic!("no line with event {event:?} within {DEADLINE:?}"))
+            .unwrap_or_else(|| panic!("no line with event {event:?} within {PATIENCE:?}"))
     }
 
     /// The lines on standard output so far with this event.
@@ -426,7 +430,7 @@ impl Agent {
     #[track_caller]
     pub fn wait_end(&mut self) -> ExitStatus {
         let start = Instant::now();
-        while start.elapsed() < DEADLINE {
+        while start.elapsed() < PATIENCE {
             if let Some(status) = self.child.try_wait().expect("wait(2) for the agent") {
                 self.ended = true;
                 // The streams are complete only when their readers have reached the end of file.
@@ -437,7 +441,7 @@ impl Agent {
             }
             thread::sleep(Duration::from_millis(5));
         }
-        panic!("the agent did not end within {DEADLINE:?}");
+        panic!("the agent did not end within {PATIENCE:?}");
     }
 
     #[track_caller]

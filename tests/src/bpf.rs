@@ -1,7 +1,7 @@
 //! The agent's state in the kernel, as bpftool shows it to an operator.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     fs,
     net::{IpAddr, Ipv6Addr},
     path::{Path, PathBuf},
@@ -40,7 +40,7 @@ impl Lab {
     /// The pod's allow map, read through its pin and by its field names, with what the programs have learned.
     #[track_caller]
     pub fn allowed(&self, pod: &Pod) -> BTreeMap<IpAddr, Allowed> {
-        let dump = |pin: &Path| entries(&bpftool(&["map", "dump", "pinned", &text(pin)]));
+        let dump = |pin: &Path| entries(&dump(&text(pin)));
         let mut allowed = dump(&self.allow_pin(pod));
         let learned = self.allow_pin(pod).with_file_name("learned");
         if learned.exists() {
@@ -64,8 +64,7 @@ impl Lab {
     /// The kernel's numbers of the allow maps of all versions of policies, by the version.
     #[track_caller]
     pub fn allow_maps(&self) -> BTreeMap<u32, u64> {
-        let dump = bpftool(&["map", "dump", "pinned", &text(&self.pins().join("allow"))]);
-        let entries = dump.as_array().expect("a list of entries");
+        let entries = dump(&text(&self.pins().join("allow")));
         let number = |printed: &Value| {
             let bytes = bytes(printed).try_into().expect("four bytes");
             u32::from_ne_bytes(bytes)
@@ -126,8 +125,7 @@ impl Lab {
         let size = bpftool(&["map", "show", "pinned", &pin])["max_entries"]
             .as_u64()
             .expect("the size of the map");
-        let dump = bpftool(&["map", "dump", "pinned", &pin]);
-        let known = dump.as_array().expect("a list of entries");
+        let known = dump(&pin);
         let value = vec!["0"; bytes(&known[0]["value"]).len()].join(" ");
         let lines = (0..size as usize - known.len() - free).map(|number| {
             let [high, low] = (number as u16).to_be_bytes();
@@ -149,16 +147,33 @@ impl Lab {
 
 #[track_caller]
 fn formatted_entries(pin: &Path) -> Vec<Value> {
-    let dump = bpftool(&["map", "dump", "pinned", &text(pin)]);
-    let entries = dump.as_array().expect("a list of entries").iter();
+    let entries = dump(&text(pin)).into_iter();
     entries.map(|entry| entry["formatted"].clone()).collect()
+}
+
+/// The entries of a pinned map. If one is removed while bpftool reads the map, bpftool prints an error in place of its value,
+/// or begins anew and prints others twice: then it reads the map again.
+#[track_caller]
+fn dump(pin: &str) -> Vec<Value> {
+    eventually("bpftool reads a map that does not change", || {
+        let dump = bpftool(&["map", "dump", "pinned", pin]);
+        let entries = dump
+            .as_array()
+            .unwrap_or_else(|| panic!("not a list of entries: {dump}"));
+        let keys: HashSet<String> = entries
+            .iter()
+            .map(|entry| entry["key"].to_string())
+            .collect();
+        let is_read = |entry: &Value| entry["value"].get("error").is_none();
+        let is_whole = keys.len() == entries.len() && entries.iter().all(is_read);
+        is_whole.then(|| entries.clone())
+    })
 }
 
 /// See [`Lab::rewrite`]; the map is told by its pin.
 #[track_caller]
 fn rewrite(pin: &str, mut edit: impl FnMut(&[u8], &mut [u8])) {
-    let dump = bpftool(&["map", "dump", "pinned", pin]);
-    for entry in dump.as_array().expect("a list of entries") {
+    for entry in dump(pin) {
         let (key, mut value) = (bytes(&entry["key"]), bytes(&entry["value"]));
         edit(&key, &mut value);
         let texts = |bytes: &[u8]| bytes.iter().map(u8::to_string).collect::<Vec<_>>();
@@ -203,12 +218,8 @@ fn text(path: &Path) -> String {
 
 /// The entries of a dumped allow map.
 #[track_caller]
-fn entries(dump: &Value) -> BTreeMap<IpAddr, Allowed> {
-    let entries = dump
-        .as_array()
-        .unwrap_or_else(|| panic!("not a list of entries: {dump}"));
-    entries
-        .iter()
+fn entries(dump: &[Value]) -> BTreeMap<IpAddr, Allowed> {
+    dump.iter()
         .map(|entry| {
             let fields = &entry["formatted"];
             let number = |field: &str| {

@@ -1,6 +1,7 @@
 //! Echo servers.
 
 use std::{
+    collections::HashMap,
     fmt,
     io::{IoSlice, IoSliceMut, Read as _, Write as _},
     net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
@@ -29,7 +30,8 @@ const STOP_POLL_MILLISECONDS: u16 = 50;
 #[derive(Default)]
 struct Shared {
     stop: AtomicBool,
-    streams: Mutex<Vec<TcpStream>>,
+    /// The open connections, by their numbers: a thousand short ones must not use up the process's open files.
+    streams: Mutex<HashMap<usize, TcpStream>>,
     /// Peer and own address of each connection, or of each datagram.
     contacts: Mutex<Vec<(SocketAddr, SocketAddr)>>,
 }
@@ -37,6 +39,10 @@ struct Shared {
 impl Shared {
     fn contacts(&self) -> MutexGuard<'_, Vec<(SocketAddr, SocketAddr)>> {
         self.contacts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn streams(&self) -> MutexGuard<'_, HashMap<usize, TcpStream>> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn note_contact(&self, peer: SocketAddr, own: SocketAddr) {
@@ -106,6 +112,7 @@ impl TcpEcho {
 }
 
 fn accept(shared: &Arc<Shared>, listener: &TcpListener) {
+    let mut next = 0;
     while !shared.stop.load(Ordering::Relaxed) {
         poll(
             &mut [PollFd::new(listener.as_fd(), PollFlags::POLLIN)],
@@ -119,11 +126,10 @@ fn accept(shared: &Arc<Shared>, listener: &TcpListener) {
             };
             shared.note_contact(peer, own);
             let copy = stream.try_clone().expect("duplicate a socket");
-            shared
-                .streams
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(copy);
+            let number = next;
+            next += 1;
+            shared.streams().insert(number, copy);
+            let shared = Arc::clone(shared);
             thread::spawn(move || {
                 let mut buffer = [0; 4096];
                 while let Ok(length @ 1..) = stream.read(&mut buffer) {
@@ -132,6 +138,7 @@ fn accept(shared: &Arc<Shared>, listener: &TcpListener) {
                     }
                 }
                 let _ = stream.shutdown(Shutdown::Both);
+                shared.streams().remove(&number);
             });
         }
     }
@@ -143,13 +150,7 @@ impl Drop for TcpEcho {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-        for stream in self
-            .shared
-            .streams
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .iter()
-        {
+        for stream in self.shared.streams().values() {
             let _ = stream.shutdown(Shutdown::Both);
         }
     }

@@ -62,7 +62,7 @@ pub(super) async fn explain(
 ) -> Result<Explanation, String> {
     let read = Target::read(target)?;
     for _ in 0..ATTEMPTS {
-        let node = sources.published.snapshot();
+        let node = sources.published.current().await;
         let (_, state) = find(&node, pod)?;
         let mut explanation = Explanation {
             pod: pod.to_owned(),
@@ -87,7 +87,6 @@ pub(super) async fn explain(
         let policy = sources.view.policy(attached.policy);
         // If it is gone, the pod has a newer policy by now.
         let Some(policy) = policy.map_err(|error| format!("{error:#}"))? else {
-            tokio::task::yield_now().await;
             continue;
         };
         let inquiry = Inquiry {
@@ -108,6 +107,9 @@ pub(super) async fn explain(
             To::Name(name) => inquiry.name(name, &mut explanation).await,
             To::Address(address) => inquiry.to_address(address, &mut explanation).await,
         };
+        if !sources.published.is_in_force(attached) {
+            continue;
+        }
         explained.map_err(|error| format!("{error:#}"))?;
         if explanation.decision == Decision::Denied {
             explanation.closed_by = closed_by(compiled, explanation.reason.as_deref());

@@ -5,8 +5,11 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, SystemTime},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant, SystemTime},
 };
 
 use arc_swap::{ArcSwap, Guard};
@@ -33,6 +36,10 @@ const RECONCILE_BOUNDS: [u64; 10] = [
     5_000_000_000,
     30_000_000_000,
 ];
+
+/// How long [`Published::current`] waits at most, and how often it looks.
+const PATIENCE: Duration = Duration::from_secs(2);
+const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// How many namespaces without pods keep their denial counters.
 const NAMESPACES: usize = 1000;
@@ -205,6 +212,8 @@ pub type PodsById = HashMap<PodId, Arc<PodRecord>>;
 pub struct Published {
     snapshot: ArcSwap<StatusSnapshot>,
     pods: ArcSwap<PodsById>,
+    /// Whether pods were changed that the snapshot has as they were before.
+    outdated: AtomicBool,
     /// Established inbound flows that were evicted when their pod was examined.
     pub flows_evicted: Counter,
     /// Evicted destinations: addresses and ports to which a pod has connected.
@@ -230,6 +239,7 @@ impl Default for Published {
         Self {
             snapshot: ArcSwap::default(),
             pods: ArcSwap::default(),
+            outdated: AtomicBool::new(false),
             flows_evicted: Counter::default(),
             destinations_evicted: Counter::default(),
             reconciles: Histogram::new(&RECONCILE_BOUNDS),
@@ -262,6 +272,7 @@ impl Published {
         });
         self.pods.store(Arc::new(left.chain(enforced).collect()));
         self.snapshot.store(Arc::new(node));
+        self.outdated.store(false, Ordering::Release);
     }
 
     /// A reconcile has ended that took this long.
@@ -276,13 +287,32 @@ impl Published {
         self.snapshot.load_full()
     }
 
+    /// The same. If a reconcile has changed pods and has not ended yet, waits for its end, so that an edit that the log
+    /// has shown as applied is in the answer. A reconcile of very many pods is not waited for.
+    pub async fn current(&self) -> Arc<StatusSnapshot> {
+        let until = Instant::now() + PATIENCE;
+        while self.outdated.load(Ordering::Acquire) && Instant::now() < until {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+        self.snapshot()
+    }
+
     /// Publishes a pod between two reconciles, so that it is known before its first packet can be denied.
     pub fn add(&self, id: PodId, pod: &Arc<PodRecord>) {
+        self.outdated.store(true, Ordering::Release);
         self.pods.rcu(|before| {
             let mut after = PodsById::clone(before);
             after.insert(id, Arc::clone(pod));
             after
         });
+    }
+
+    /// Whether a pod still has this version of its policy. The maps of an earlier one are removed once a later one is in
+    /// force.
+    pub fn is_in_force(&self, version: &Attached) -> bool {
+        let pods = self.pods();
+        let now = pods.get(&version.pod).and_then(|pod| pod.attached.as_ref());
+        now.is_some_and(|now| now.policy == version.policy)
     }
 
     /// The pods in the kernel, by their ids.
@@ -360,4 +390,43 @@ fn since(then_ns: u64) -> Duration {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn enforced() -> Arc<PodRecord> {
+        Arc::new(PodRecord {
+            uid: "u".to_owned(),
+            mode: Mode::Enforce,
+            host_network: false,
+            quarantined: false,
+            identity: None,
+            attached: None,
+            compiled: None,
+            written: Arc::default(),
+            unreadable: false,
+            exits: Arc::default(),
+            problem: None,
+        })
+    }
+
+    #[tokio::test]
+    async fn while_pods_are_changed_the_state_is_that_of_the_end_of_the_reconcile() {
+        let published = Arc::new(Published::default());
+        assert!(!published.current().await.incomplete);
+        published.add(PodId::new(1), &enforced());
+        let asking = Arc::clone(&published);
+        let asked = tokio::spawn(async move { asking.current().await });
+        // The task begins to wait.
+        tokio::task::yield_now().await;
+        let after = StatusSnapshot {
+            incomplete: true,
+            ..StatusSnapshot::default()
+        };
+        published.publish(after, std::iter::empty());
+        let answer = asked.await.expect("the task does not panic");
+        assert!(answer.incomplete, "the state from before the change");
+    }
 }

@@ -33,7 +33,7 @@ pub(super) async fn status(
     pod: Option<&str>,
     names: bool,
 ) -> Result<Status, String> {
-    let node = sources.published.snapshot();
+    let node = sources.published.current().await;
     let one = pod.map(|pod| find(&node, pod)).transpose()?;
     let mut pods = Vec::new();
     let mut room = ADDRESSES;

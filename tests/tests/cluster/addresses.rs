@@ -301,8 +301,15 @@ fn an_annotation_cannot_give_a_pod_an_address_its_interfaces_were_not_created_wi
         .net()
         .netns()
         .ip_batch(&format!("addr add {remote}/32 dev eth0\n"));
-    send_from(thief.net(), remote.into(), (server(10), 9), b"x");
-    wait_stopped(&agent, "thief", remote.into());
+    // Until the agent knows the pod's status, the addresses of its interface count.
+    eventually("only the address in its status is its own", || {
+        send_from(thief.net(), remote.into(), (server(10), 9), b"x");
+        holds(agent.denials().iter().any(|denial| {
+            denial.pod == "thief"
+                && denial.reason == "spoofed_source"
+                && denial.src_ip == Some(remote.into())
+        }))
+    });
 
     // Without configured ranges an interface's addresses do not count either.
     let mut cart = without_process(&cluster, &shop, "cart", &annotations);

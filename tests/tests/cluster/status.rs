@@ -111,8 +111,9 @@ fn status_lists_every_pod_of_the_node() {
     let status = eventually("all pods are known", || {
         let (code, status) = cluster.lab.ask_json(&["status"]);
         assert_eq!(code, Some(0), "{status}");
-        (status["pods"].as_array()?.len() == 4 && status["agent"]["ready"] == true)
-            .then_some(status)
+        let pods = status["pods"].as_array()?;
+        let enforced = pods.iter().filter(|pod| pod["enforced"] == true).count();
+        (pods.len() == 4 && enforced == 2 && status["agent"]["ready"] == true).then_some(status)
     });
     assert_eq!(status["agent"]["node"], cluster.node());
     let of = |name: &str| {

@@ -256,7 +256,7 @@ fn a_datagram_from_outside_does_not_reopen_a_udp_flow_that_the_pod_began() {
     assert!(echo_on(&allowed, b"before", DEADLINE));
     let peer = lab.outside().run(|| UdpSocket::bind((server(20), 4434)));
     let peer = peer.expect("bind outside");
-    peer.set_read_timeout(Some(SHORT)).expect("a time-out");
+    peer.set_read_timeout(Some(DEADLINE)).expect("a time-out");
     let denied = cart.udp_socket((server(20), 4434));
     denied.set_read_timeout(Some(DEADLINE)).expect("a time-out");
     let own = denied.local_addr().expect("its address");
@@ -267,6 +267,7 @@ fn a_datagram_from_outside_does_not_reopen_a_udp_flow_that_the_pod_began() {
     let agent = lab.start_agent(&[&cart]);
     peer.send_to(b"go on", own).expect("send to the pod");
     assert_eq!(denied.recv(&mut taken).expect("the data arrives"), 5);
+    peer.set_read_timeout(Some(SHORT)).expect("a time-out");
     denied.send(b"after").expect("send");
     let heard = peer.recv(&mut taken);
     assert!(heard.is_err(), "the conversation goes on");

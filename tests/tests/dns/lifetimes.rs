@@ -35,9 +35,11 @@ fn remaining(lab: &Lab, pod: &Pod, address: IpAddr) -> Duration {
 #[track_caller]
 fn wait_expired(agent: &Agent, pod: &Pod, to: (IpAddr, u16)) {
     eventually("new connections are denied", || {
-        holds(pod.connect_tcp(to, SHORT).is_err())
+        // A connection may also fail because the machine is busy.
+        let failed = pod.connect_tcp(to, SHORT).is_err();
+        let denials = agent.denials();
+        holds(failed && denials.iter().any(|d| d.is(pod, "expired", to.0, to.1)))
     });
-    agent.wait_denial("an expired address", |d| d.is(pod, "expired", to.0, to.1));
 }
 
 #[test]
@@ -80,10 +82,10 @@ fn an_expired_address_takes_no_new_udp_flow_and_keeps_the_open_one() {
             echo_on(&socket, b"meanwhile", DEADLINE),
             "the open flow was cut"
         );
-        holds(!pod.echo_udp((server(10), 4000), b"new", SHORT))
-    });
-    agent.wait_denial("an expired address", |d| {
-        d.is(&pod, "expired", server(10), 4000)
+        // An echo may also be late because the machine is busy.
+        let failed = !pod.echo_udp((server(10), 4000), b"new", SHORT);
+        let mut denials = agent.denials().into_iter();
+        holds(failed && denials.any(|d| d.is(&pod, "expired", server(10), 4000)))
     });
     assert!(
         echo_on(&socket, b"after", DEADLINE),

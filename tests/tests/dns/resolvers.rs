@@ -189,13 +189,11 @@ fn the_guard_and_its_refusal_code_can_be_edited_while_the_agent_runs() {
     lab.edit_config("defaultMode", "enforce");
     agent.reload();
     eventually("the silent pod is closed", || {
-        holds(
-            silent
-                .try_resolve(STRANGER, "x.test", RecordType::A, SHORT)
-                .is_none(),
-        )
+        // A response may also be late because the machine is busy.
+        let answer = silent.try_resolve(STRANGER, "x.test", RecordType::A, SHORT);
+        let mut denials = agent.denials().into_iter();
+        holds(answer.is_none() && denials.any(|d| d.is(&silent, "no_rule", STRANGER, 53)))
     });
-    agent.denies_udp(&silent, (STRANGER, 53), "no_rule");
 }
 
 #[test]

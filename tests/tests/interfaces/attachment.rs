@@ -179,7 +179,9 @@ fn a_pod_without_its_interface_is_removed_and_reported_until_it_is_back() {
         |line| line.contains("shop/cart") && line.contains("there is no interface"),
     );
     assert!(!pin.exists());
-    assert_eq!(scene.lab.shared_entries("policies").len(), 0);
+    eventually("its policy is gone", || {
+        holds(scene.lab.shared_entries("policies").is_empty())
+    });
     agent.logs_after(
         "that the pod is enforced again",
         || scene.lab.add_interface(&scene.pod),

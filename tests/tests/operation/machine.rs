@@ -196,15 +196,22 @@ fn an_agent_terminated_while_it_is_busy_leaves_nothing_behind() {
     eventually("every pod is removed", || {
         holds(logged_pods_of_crowd(&agent, "removed", from) == CROWD)
     });
-    let from = lines(&agent);
-    lab.write_namespace("shop", &[("allow", "later.test:443")]);
-    eventually("the agent is busy", || {
-        holds(logged_pods_of_crowd(&agent, "enforcing", from) > 0)
+    eventually("it ends before it has attached to all pods", || {
+        let from = lines(&agent);
+        lab.write_namespace("shop", &[("allow", "later.test:443")]);
+        eventually("the agent is busy", || {
+            holds(logged_pods_of_crowd(&agent, "enforcing", from) > 0)
+        });
+        assert!(agent.stop().success());
+        assert!(!lab.pins().exists());
+        let enforced = logged_pods_of_crowd(&agent, "enforcing", from);
+        if enforced == CROWD {
+            // It was faster than this test.
+            lab.remove_namespace("shop");
+            agent = lab.start_agent(&[]);
+        }
+        holds(enforced < CROWD)
     });
-    assert!(agent.stop().success());
-    let enforced = logged_pods_of_crowd(&agent, "enforcing", from);
-    assert!(enforced < CROWD, "it attached to all pods before it ended");
-    assert!(!lab.pins().exists());
     pod.talks_tcp((server(99), 443));
 }
 

@@ -40,7 +40,10 @@ impl StateDir {
     fn make_read_only(&self) {
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         let none = None::<&str>;
-        mount(none, self.path(), none, flags, none).expect("mount(2) makes it read-only");
+        // The kernel refuses while a file is open for writing.
+        eventually("mount(2) makes it read-only", || {
+            mount(none, self.path(), none, flags, none).ok()
+        });
     }
 }
 

@@ -156,7 +156,7 @@ fn after_a_restart_an_edit_that_removes_the_name_cuts_its_connections() {
     scene.restart(|_, _| ());
     scene.edit("other.test:443");
     scene.assert_cut();
-    assert_eq!(names_kept(&scene.shop.lab, &scene.shop.pod), 0);
+    wait_names_kept(&scene.shop.lab, &scene.shop.pod, 0);
 }
 
 #[test]
@@ -164,7 +164,7 @@ fn an_edit_while_no_agent_runs_that_removes_the_name_cuts_its_connections() {
     let mut scene = Scene::new();
     scene.restart(|lab, pod| lab.write_pod(pod, &[("allow", "other.test:443")]));
     scene.assert_cut();
-    assert_eq!(names_kept(&scene.shop.lab, &scene.shop.pod), 0);
+    wait_names_kept(&scene.shop.lab, &scene.shop.pod, 0);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Ordered rules of the cluster hold whatever teams write, and whatever the owners of zones answer.
 
-use std::net::UdpSocket;
+use std::{net::UdpSocket, time::Duration};
 
 use egress_tests::{
     DEADLINE, Lab, Pod, SHORT,
@@ -77,9 +77,9 @@ fn ordered_rules_that_were_never_readable_close_a_new_pod() {
     agent.denies_tcp(&pod, (numbered(1), 443), "policy_unreadable");
 }
 
-/// A datagram from this internal address, port 7777, to the pod. Returns whether the pod's answer arrives.
+/// A datagram from this internal address, port 7777, to the pod. Returns whether the pod's answer arrives in time.
 #[track_caller]
-fn is_answered(lab: &Lab, pod: &Pod, from: u32) -> bool {
+fn is_answered(lab: &Lab, pod: &Pod, from: u32, timeout: Duration) -> bool {
     let inner = pod.netns().run(|| UdpSocket::bind((pod.ipv4(), 9000)));
     let inner = inner.expect("a UDP socket in the pod");
     let outer = lab
@@ -95,7 +95,7 @@ fn is_answered(lab: &Lab, pod: &Pod, from: u32) -> bool {
         .recv_from(&mut buffer)
         .expect("the pod gets the datagram");
     inner.send_to(b"answer", asker).expect("the pod answers");
-    outer.set_read_timeout(Some(SHORT)).expect("a time-out");
+    outer.set_read_timeout(Some(timeout)).expect("a time-out");
     outer.recv(&mut buffer).is_ok()
 }
 
@@ -116,12 +116,12 @@ fn an_exception_that_opens_nothing_lets_no_answer_pass() {
     let agent = lab.start_agent(&[&pod]);
     assert_eq!(pod.lookup("api.shop.test"), [numbered(7)]);
     assert!(
-        !is_answered(&lab, &pod, 7),
+        !is_answered(&lab, &pod, 7, SHORT),
         "a denied address got an answer"
     );
     agent.wait_denial("the answer", |d| d.is(&pod, "deny_rule", numbered(7), 7777));
     assert!(
-        is_answered(&lab, &pod, 1),
+        is_answered(&lab, &pod, 1, DEADLINE),
         "the exception by address is one"
     );
 }
