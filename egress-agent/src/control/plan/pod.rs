@@ -231,7 +231,8 @@ fn follows(mode: Mode) -> &'static str {
 /// A policy that allows nothing external but what ordered rules allow, in this mode.
 fn closed(mode: Mode, pod: &Pod, settings: &egress_policy::Settings) -> Arc<Compiled> {
     let none = Annotations::default();
-    let mut closed = egress_policy::unreadable(&none, &none, &pod.objects, settings);
+    let namespace = Annotations::from_map(&pod.namespace_annotations);
+    let mut closed = egress_policy::unreadable(&none, &namespace, &pod.objects, settings);
     closed.mode = mode;
     Arc::new(closed)
 }
