@@ -28,7 +28,7 @@ use super::{
     error::{Origin, PREFIXES, PolicyError, Problem},
     limits::check_limit,
     names::{NameRule, NameRules, QuestionRule},
-    objects::{Objects, TierAction, TierPolicy, TierRule},
+    objects::{NamespacePolicy, Objects, TierAction, TierPolicy, TierRule},
     openings::Openings,
     parse::read_entry,
     pattern::NamePattern,
@@ -286,43 +286,59 @@ pub(super) fn build(
     })
 }
 
-/// The policy of a pod whose annotations, or policies of its namespace, could never be parsed. Its lists count as empty:
-/// everything external is denied that ordered rules do not allow, with a reason of its own. If `defaultMode` is `audit`,
-/// denials are only reported, unless a readable `mode: enforce` is among the annotations.
+/// The policy of a pod whose annotations, or the lists of its namespace, could never be parsed. What they allow counts as
+/// empty: everything external is denied that ordered rules do not allow, with a reason of its own. If `defaultMode` is
+/// `audit`, denials are only reported, unless a readable `mode: enforce` is among the annotations or policies.
 ///
-/// Of the objects, those with ordered rules count.
+/// Of the objects, those with ordered rules count. What the namespace denies counts if all of its lists can be parsed.
 pub fn unreadable(
     pod: &Annotations,
     namespace: &Annotations,
     objects: &Objects,
     settings: &Settings,
 ) -> Compiled {
-    let mode = effective::mode_of_unreadable(pod, namespace, settings);
-    if objects.tiers.is_empty() {
-        return Compiled {
-            mode,
-            ..closed(settings, POLICY_UNREADABLE)
+    let mode = effective::mode_of_unreadable(pod, namespace, objects, settings);
+    let denying = compile_closed(mode, namespace, &denials_only(objects), settings);
+    let compiled = denying.or_else(|_| {
+        let objects = Objects {
+            namespace: Vec::new(),
+            ..objects.clone()
         };
-    }
-    let objects = Objects {
-        namespace: Vec::new(),
-        ..objects.clone()
-    };
-    let Ok(mut compiled) = under_ordered_rules(mode, &objects, settings) else {
+        compile_closed(mode, &Annotations::default(), &objects, settings)
+    });
+    let Ok(mut compiled) = compiled else {
         return unreadable_tiers(settings);
     };
     compiled.record.flags |= POLICY_UNREADABLE;
     compiled
 }
 
-/// The policy of a pod whose lists are empty, under the ordered rules of these objects.
-fn under_ordered_rules(
+/// The objects, with policies of the namespace that only deny.
+fn denials_only(objects: &Objects) -> Objects {
+    let policy = |policy: &Arc<NamespacePolicy>| {
+        Arc::new(NamespacePolicy {
+            mode: None,
+            allow: Some(Vec::new()),
+            resolve: None,
+            ..NamespacePolicy::clone(policy)
+        })
+    };
+    Objects {
+        namespace: objects.namespace.iter().map(policy).collect(),
+        ..objects.clone()
+    }
+}
+
+/// The policy of a pod whose lists allow nothing, under these objects. Of the namespace's annotations only `deny` counts.
+fn compile_closed(
     mode: Mode,
+    namespace: &Annotations,
     objects: &Objects,
     settings: &Settings,
 ) -> Result<Compiled, PolicyError> {
     let closing = Annotations {
         allow: Some(String::new()),
+        deny: namespace.deny.clone(),
         mode: (mode == Mode::Enforce).then(|| Mode::Enforce.as_str().to_owned()),
         ..Annotations::default()
     };
@@ -339,7 +355,7 @@ fn under_ordered_rules(
 pub fn unreadable_tiers(settings: &Settings) -> Compiled {
     let none = Annotations::default();
     Compiled {
-        mode: effective::mode_of_unreadable(&none, &none, settings),
+        mode: effective::mode_of_unreadable(&none, &none, &Objects::default(), settings),
         ..closed_to_all(settings, POLICY_UNREADABLE)
     }
 }
@@ -353,7 +369,8 @@ pub fn unidentified(objects: &Objects, settings: &Settings) -> Compiled {
     if objects.tiers.is_empty() {
         return closed;
     }
-    let Ok(compiled) = under_ordered_rules(Mode::Enforce, &objects, settings) else {
+    let Ok(compiled) = compile_closed(Mode::Enforce, &Annotations::default(), &objects, settings)
+    else {
         return closed_to_all(settings, POLICY_UNIDENTIFIED);
     };
     let mut record = compiled.record;
@@ -407,7 +424,7 @@ pub fn without_namespace(
     let mode = if quarantine {
         Mode::Enforce
     } else {
-        effective::mode_of_unreadable(pod, &Annotations::default(), settings)
+        effective::mode_of_unreadable(pod, &Annotations::default(), objects, settings)
     };
     Compiled {
         mode,

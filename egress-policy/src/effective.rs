@@ -12,7 +12,7 @@ use super::{
     entry_warnings,
     error::{Origin, PolicyError, Problem},
     limits::check_limit,
-    objects::TierAction,
+    objects::{Objects, TierAction},
     sets::{ENTRIES, Sets},
     tiers::{self, Tiers},
 };
@@ -294,18 +294,20 @@ fn mode_and_open(
     )
 }
 
-/// The mode of a pod that is closed because its annotations, or its namespace's, cannot be parsed. If
+/// The mode of a pod that is closed because its annotations, or the lists of its namespace, cannot be parsed. If
 /// `defaultMode` is `audit`, only a readable `mode: enforce` enforces.
 pub(super) fn mode_of_unreadable(
     pod: &Annotations,
     namespace: &Annotations,
+    objects: &Objects,
     settings: &Settings,
 ) -> Mode {
     if settings.default_mode != Mode::Audit {
         return Mode::Enforce;
     }
     let written = |annotations: &Annotations| annotations.mode.as_deref().and_then(Mode::from_text);
-    let (pod, namespace) = (written(pod), written(namespace));
+    let of_policies = objects.namespace.iter().filter_map(|policy| policy.mode);
+    let (pod, namespace) = (written(pod), written(namespace).max(of_policies.max()));
     let mode = match settings.pod_annotations {
         PodAnnotations::Grant => pod.or(namespace),
         PodAnnotations::Narrow | PodAnnotations::Ignore => pod.max(namespace),

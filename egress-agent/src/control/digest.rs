@@ -49,7 +49,8 @@ pub(in crate::control) fn used_sets_of(pod: &Pod) -> BTreeMap<&String, &Vec<Stri
     )
 }
 
-fn used_sets<'a>(
+/// The sets whose names are in these annotations and objects, perhaps with others whose names these begin with.
+pub(in crate::control) fn used_sets<'a>(
     annotations: impl Iterator<Item = &'a String>,
     objects: &'a Objects,
 ) -> BTreeMap<&'a String, &'a Vec<String>> {

@@ -238,15 +238,25 @@ impl FlowMap {
     }
 
     /// Copies from another pod's maps what shows that a peer has not opened a connection: the addresses and ports to
-    /// which the pod has connected, and the connections that peers have accepted.
+    /// which the pod has connected, and the connections that peers have accepted. If there are more destinations than
+    /// the map has room for, those that were seen last are copied, as [`Self::sweep`] would keep them: otherwise a pod
+    /// that connects to many would stay in quarantine.
     ///
     /// # Errors
     ///
-    /// When the map is full, or a map cannot be read or written.
+    /// When there is no room for the connections that peers have accepted, or a map cannot be read or written.
     pub fn take_noted(&mut self, other: &Self) -> Result<()> {
-        for item in &other.called {
-            let (key, flow) = item.context("cannot read the destinations of a pod")?;
-            add(&mut self.called, &key, flow)?;
+        let called = other.called.iter().collect::<Result<Vec<_>, _>>();
+        let mut called = called.context("cannot read the destinations of a pod")?;
+        called.sort_unstable_by_key(|(_, flow)| Reverse(flow.last_seen_ns));
+        for (key, flow) in called {
+            match self.called.insert(key, flow, NOEXIST) {
+                Err(error) if is_errno(&error, libc::E2BIG) => break,
+                Err(error) if !is_errno(&error, libc::EEXIST) => {
+                    return Err(error).context("cannot write the destinations of a pod");
+                }
+                Ok(()) | Err(_) => {}
+            }
         }
         for item in &other.opening {
             let (key, flow) = item.context("cannot read a pod's flows")?;
@@ -334,13 +344,14 @@ impl FlowMap {
 fn add(map: &mut Flows, key: &FlowKey, flow: Flow) -> Result<bool> {
     match map.insert(key, flow, NOEXIST) {
         Ok(()) => Ok(true),
-        Err(MapError::SyscallError(error))
-            if error.io_error.raw_os_error() == Some(libc::EEXIST) =>
-        {
-            Ok(false)
-        }
+        Err(error) if is_errno(&error, libc::EEXIST) => Ok(false),
         Err(error) => Err(error).context("cannot write a pod's flows"),
     }
+}
+
+/// Whether the kernel refused with this error number.
+fn is_errno(error: &MapError, errno: i32) -> bool {
+    matches!(error, MapError::SyscallError(error) if error.io_error.raw_os_error() == Some(errno))
 }
 
 /// Removes entries that have been idle for too long, and passes the others to `alive`. Returns their number.

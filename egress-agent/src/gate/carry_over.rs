@@ -13,7 +13,7 @@ use super::{
     learned_address::Learned,
     names_kept::NamesStay,
 };
-use crate::datapath::AllowError;
+use crate::datapath::{AllowError, OpenFlows};
 use egress_dns::Name;
 use egress_policy::{Grant, NameRules};
 
@@ -269,7 +269,11 @@ fn fitting(
     if all.len() <= allow.capacity() {
         return Ok(None);
     }
-    let open = allow.open(now_ns)?;
+    let open = match allow.open(now_ns) {
+        // Otherwise a pod that opens flows fast enough could keep an edit from taking effect.
+        Err(AllowError::Full) => OpenFlows::default(),
+        open => open?,
+    };
     all.sort_by_key(|address| (!open.to.contains(address), has_expired(address)));
     all.truncate(allow.capacity());
     Ok(Some(all.into_iter().collect()))

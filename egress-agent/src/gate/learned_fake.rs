@@ -13,6 +13,8 @@ pub(super) struct Fake {
     pub(super) writes: usize,
     /// Addresses with open flows.
     pub(super) open: Vec<Address>,
+    /// Whether flows change too fast to be read.
+    pub(super) changes_fast: bool,
     /// The number of flows.
     pub(super) flows: usize,
     /// The names that are kept for the next agent, and the most that it accepts.
@@ -41,6 +43,9 @@ impl Entries for Fake {
     }
 
     fn open(&self, _now_ns: u64) -> Result<OpenFlows, AllowError> {
+        if self.changes_fast {
+            return Err(AllowError::Full);
+        }
         Ok(OpenFlows {
             to: self.open.iter().copied().collect(),
             flows: self.flows,

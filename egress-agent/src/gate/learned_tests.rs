@@ -390,6 +390,13 @@ fn an_edit_that_allows_more_than_the_map_holds_keeps_addresses_in_use() {
     let left: Vec<u8> = after.entries.keys().map(|address| address[15]).collect();
     assert_eq!(left, [1, 3, 4, 6]);
     assert_eq!(next.addresses.len(), 4);
+    // The edit takes effect, too, while the pod opens flows faster than they can be read.
+    let mut fast = fake(4);
+    fast.changes_fast = true;
+    let next = table
+        .carry_over(&everything(), false, &mut fast, SECOND)
+        .unwrap();
+    assert_eq!(next.addresses.len(), 4);
 }
 
 #[test]

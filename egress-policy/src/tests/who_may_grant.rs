@@ -1,3 +1,5 @@
+use std::sync::Arc;
+
 use egress_common::{
     classes::ClassSet,
     protocol::bits,
@@ -7,7 +9,10 @@ use egress_common::{
 
 use super::{annotations, compiled, is_open, name, question};
 use crate::{
-    Mode, Objects, PodAnnotations, QuestionRule, Settings, prefix::to_mapped, reference::settings,
+    Mode, Objects, PodAnnotations, QuestionRule, Settings,
+    objects::{NamespacePolicy, ObjectKind, ObjectName},
+    prefix::to_mapped,
+    reference::settings,
     unreadable,
 };
 
@@ -116,6 +121,39 @@ fn if_audit_is_the_default_only_an_explicit_mode_enforces() {
     }
     let settings = audited(PodAnnotations::Narrow);
     assert!(!is_open(&compiled(&[("deny", "a.com")], &[], &settings)));
+}
+
+#[test]
+fn an_unreadable_policy_is_in_the_mode_of_its_namespaces_policy_objects_or_tighter() {
+    let settings = Settings {
+        default_mode: Mode::Audit,
+        ..restricted(PodAnnotations::Narrow)
+    };
+    for (written, mode) in [(Mode::Enforce, Mode::Enforce), (Mode::Off, Mode::Audit)] {
+        let policy = NamespacePolicy {
+            name: Arc::new(ObjectName {
+                kind: ObjectKind::EgressPolicy,
+                namespace: Some("shop".to_owned()),
+                name: "team".to_owned(),
+            }),
+            mode: Some(written),
+            allow: None,
+            deny: None,
+            resolve: None,
+        };
+        let objects = Objects {
+            namespace: vec![Arc::new(policy)],
+            ..Objects::default()
+        };
+        let none = annotations(&[]);
+        let closed = unreadable(
+            &annotations(&[("mode", "audit")]),
+            &none,
+            &objects,
+            &settings,
+        );
+        assert_eq!(closed.mode, mode);
+    }
 }
 
 #[test]

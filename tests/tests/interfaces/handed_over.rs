@@ -320,3 +320,45 @@ fn an_interface_that_a_pod_gives_away_is_closed_at_once() {
         holds(arrived(&scene.sink) > 0)
     });
 }
+
+/// With `CAP_NET_ADMIN` a pod may give its only interface to such a namespace, and send there through sockets that it
+/// keeps.
+#[test]
+fn an_edit_takes_effect_on_an_interface_that_its_pod_hides() {
+    let mut scene = Scene::new(&[]);
+    let (lab, agent) = (&scene.cluster.lab, &scene.agent);
+    let _web = lab.serve_tcp(443);
+    let both = json!({ "egress-agent.dev/allow": format!("{} {}", server(10), server(20)) });
+    let cart = scene.cluster.run(&scene.shop, "cart", &both);
+    agent.wait_enforcing(cart.net());
+    let away = lab.pod_without_interface(&scene.shop, "away");
+    let (own, hidden) = (cart.net().ipv4(), away.netns().name());
+    let gateway = format!("10.1.{}.1", own.octets()[2]);
+    let inside = cart.net().netns();
+    inside.ip_batch(&format!("link set eth0 netns {hidden}\n"));
+    away.netns().ip_batch(&format!(
+        "addr add {own}/30 dev eth0\nlink set eth0 up\nroute add default via {gateway}\n"
+    ));
+    away.talks_tcp((server(20), 443));
+    // Another interface of that namespace makes the agent look for the pod.
+    lab.node().ip_batch(&format!(
+        "link add other type veth peer name other netns {hidden}\n"
+    ));
+    agent.wait_log("that the pod is not found", |line| {
+        line.contains("enforced on its earlier interfaces")
+    });
+    let mut edited = cart.object().clone();
+    edited["metadata"]["annotations"] = allow_one();
+    agent.applies_policy_after(cart.net(), || {
+        scene.cluster.server.apply(&edited);
+    });
+    away.talks_tcp((server(10), 443));
+    assert!(
+        away.connect_tcp((server(20), 443), SHORT).is_err(),
+        "what the pod may not reach any more is reached"
+    );
+    agent.wait_denial("the connection", |denial| {
+        denial.is(cart.net(), "no_rule", server(20), 443)
+    });
+    assert!(scene.agent.stop().success());
+}

@@ -9,5 +9,6 @@ mod objects;
 mod observability;
 mod reports;
 mod tiers_hold;
+mod unreadable_annotations;
 mod upstream;
 mod who_decided;

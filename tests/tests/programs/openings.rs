@@ -378,3 +378,22 @@ fn a_pod_with_more_connections_than_it_may_have_leaves_quarantine() {
     let (there, here) = call(all - 1);
     programs.leaves(&to.tcp_segment((here, there), flag::ACK, (OWN + 1, PEER + 1), b"data"));
 }
+
+/// Nor does a pod stay there that goes on connecting while it leaves.
+#[test]
+fn a_pod_with_more_destinations_than_it_may_have_leaves_quarantine() {
+    let mut programs = Programs::new();
+    let to = programs.to(server(1));
+    programs.allow(server(1), ANYTHING, NEVER_NS);
+    let places = FlowLimits::of(FLOW_ENTRIES).called as u16;
+    let syns = |from: u16| {
+        let syns = (from..from + places).map(|port| to.tcp(7, port, flag::SYN));
+        syns.collect::<Vec<_>>().into_iter()
+    };
+    programs.flood(Hook::FromPod, syns(1), 1);
+    programs.becomes_another_pods();
+    programs.allow(server(1), ANYTHING, NEVER_NS);
+    let own = syns(1 + places);
+    programs.flood(Hook::FromPod, own, 1);
+    programs.takes_noted();
+}

@@ -1,8 +1,8 @@
 //! The policy of a pod of which a part cannot be read.
 //!
-//! A policy has two parts: what teams write (annotations, and policies of the namespace), and the ordered rules of the
-//! cluster. Each part falls back on its own to what was last readable. Otherwise a team could keep an ordered rule from
-//! its pods by an entry that cannot be read.
+//! A policy has three parts: the pod's annotations, the lists of its namespace (annotations and policies), and the
+//! ordered rules of the cluster. Each part falls back on its own to what was last readable. Otherwise the author of one
+//! part could keep the others from the pod by an entry that cannot be read.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -10,19 +10,22 @@ use crate::{control::digest, pods::Pod, serve::Written};
 use egress_policy::{
     Annotations, Compiled, Mode, Objects, PolicyError, Settings, compile,
     objects::{NamespacePolicy, ObjectKind, TierPolicy},
-    set_of_entry,
 };
 
 type Sets = Arc<BTreeMap<String, Vec<String>>>;
 type Texts = BTreeMap<String, String>;
 
-/// What teams write.
+/// The pod's annotations.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Teams {
-    /// The pod's annotations.
-    own: Texts,
-    /// Its namespace's.
-    namespace: Texts,
+pub(super) struct Own {
+    annotations: Texts,
+    sets: Sets,
+}
+
+/// The lists of the pod's namespace.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Shared {
+    annotations: Texts,
     policies: Vec<Arc<NamespacePolicy>>,
     sets: Sets,
 }
@@ -34,33 +37,38 @@ pub(super) struct Tiers {
     sets: Sets,
 }
 
-/// Both parts of a pod's policy.
+/// All parts of a pod's policy.
 #[derive(Clone, Debug)]
 pub(super) struct Parts {
-    teams: Arc<Teams>,
+    own: Arc<Own>,
+    shared: Arc<Shared>,
     tiers: Arc<Tiers>,
 }
 
 /// The last readable parts of a pod's policy.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Good {
-    teams: Option<Arc<Teams>>,
+    own: Option<Arc<Own>>,
+    shared: Option<Arc<Shared>>,
     tiers: Option<Arc<Tiers>>,
 }
 
 /// Which parts of a pod's policy are those that it has now. The others are what could be read earlier, or nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(in crate::control) struct Present {
-    /// What teams write.
-    pub(in crate::control) teams: bool,
+    /// The pod's annotations.
+    pub(in crate::control) own: bool,
+    /// The lists of its namespace.
+    pub(in crate::control) shared: bool,
     /// The objects with ordered rules.
     pub(in crate::control) tiers: bool,
 }
 
 impl Present {
-    /// Both parts.
+    /// All parts.
     pub(in crate::control) const WHOLE: Self = Self {
-        teams: true,
+        own: true,
+        shared: true,
         tiers: true,
     };
 }
@@ -94,9 +102,12 @@ impl Parts {
             sets,
         } = &pod.objects;
         Self {
-            teams: Arc::new(Teams {
-                own: pod.annotations.clone(),
-                namespace: pod.namespace_annotations.clone(),
+            own: Arc::new(Own {
+                annotations: pod.annotations.clone(),
+                sets: Arc::clone(sets),
+            }),
+            shared: Arc::new(Shared {
+                annotations: pod.namespace_annotations.clone(),
                 policies: namespace.clone(),
                 sets: Arc::clone(sets),
             }),
@@ -109,37 +120,34 @@ impl Parts {
 
     /// Whether the pod still has this. `sets` are compared if an entry uses one.
     pub(super) fn are_of(&self, pod: &Pod, uses_sets: bool) -> bool {
-        self.teams.own == pod.annotations
-            && self.teams.namespace == pod.namespace_annotations
-            && self.teams.policies == pod.objects.namespace
+        self.own.annotations == pod.annotations
+            && self.shared.annotations == pod.namespace_annotations
+            && self.shared.policies == pod.objects.namespace
             && self.tiers.policies == pod.objects.tiers
-            && (!uses_sets || self.teams.sets == pod.objects.sets)
+            && (!uses_sets || self.tiers.sets == pod.objects.sets)
     }
 
-    /// Both together. A set that an ordered rule uses is that of the ordered rules.
+    /// All together. Of a set that several parts use, the ordered rules' state counts first, then the namespace's.
     fn written(&self) -> Written {
-        let Self { teams, tiers } = self;
-        let sets = if teams.sets == tiers.sets {
-            Arc::clone(&tiers.sets)
-        } else {
-            let rules = tiers.policies.iter().flat_map(|policy| &policy.rules);
-            let used = rules
-                .flat_map(|rule| &rule.entries)
-                .filter_map(|entry| set_of_entry(entry));
-            let mut sets = BTreeMap::clone(&teams.sets);
-            for name in used {
-                match tiers.sets.get(name) {
-                    Some(set) => sets.insert(name.to_owned(), set.clone()),
-                    None => sets.remove(name),
-                };
-            }
-            Arc::new(sets)
+        let Self { own, shared, tiers } = self;
+        let mut sets = Arc::clone(&own.sets);
+        let lists = Objects {
+            namespace: shared.policies.clone(),
+            sets: Arc::clone(&shared.sets),
+            ..Objects::default()
         };
+        put_sets(&mut sets, &shared.annotations, &lists);
+        let rules = Objects {
+            tiers: tiers.policies.clone(),
+            sets: Arc::clone(&tiers.sets),
+            ..Objects::default()
+        };
+        put_sets(&mut sets, &Texts::new(), &rules);
         Written {
-            own: Annotations::from_map(&teams.own),
-            namespace: Annotations::from_map(&teams.namespace),
+            own: Annotations::from_map(&own.annotations),
+            namespace: Annotations::from_map(&shared.annotations),
             objects: Objects {
-                namespace: teams.policies.clone(),
+                namespace: shared.policies.clone(),
                 tiers: tiers.policies.clone(),
                 sets,
             },
@@ -149,14 +157,50 @@ impl Parts {
     fn read(&self, settings: &Settings) -> Result<(Compiled, Written), PolicyError> {
         let written = self.written();
         let mut compiled = compile(written.inputs(), settings)?;
-        compiled.record.annotations =
-            digest::of_parts(&self.teams.own, &self.teams.namespace, &written.objects);
+        compiled.record.annotations = digest::of_parts(
+            &self.own.annotations,
+            &self.shared.annotations,
+            &written.objects,
+        );
         Ok((compiled, written))
+    }
+
+    /// Which parts are those of now.
+    fn present(&self, now: &Self) -> Present {
+        Present {
+            own: Arc::ptr_eq(&self.own, &now.own),
+            shared: Arc::ptr_eq(&self.shared, &now.shared),
+            tiers: Arc::ptr_eq(&self.tiers, &now.tiers),
+        }
+    }
+
+    /// Whether it can be read.
+    fn is_readable(&self, settings: &Settings) -> bool {
+        self.read(settings).is_ok()
     }
 
     /// Whether an entry uses a set.
     pub(super) fn use_sets(&self) -> bool {
         self.written().inputs().use_sets()
+    }
+}
+
+/// Puts the sets that a part uses in the place of those of these names. `objects` has the part's objects and sets.
+fn put_sets(sets: &mut Sets, annotations: &Texts, objects: &Objects) {
+    if *sets == objects.sets {
+        return;
+    }
+    let before = Objects {
+        sets: Arc::clone(sets),
+        ..objects.clone()
+    };
+    let used = [&before, objects].map(|of| digest::used_sets(annotations.values(), of));
+    let all = Arc::make_mut(sets);
+    for name in used.iter().flat_map(BTreeMap::keys) {
+        match objects.sets.get(*name) {
+            Some(set) => all.insert((*name).clone(), set.clone()),
+            None => all.remove(*name),
+        };
     }
 }
 
@@ -168,7 +212,8 @@ pub(super) fn read(now: &Parts, before: Good, settings: &Settings) -> Read {
             let problem = (!warnings.is_empty()).then(|| warnings.join("; "));
             return Read {
                 good: Good {
-                    teams: Some(Arc::clone(&now.teams)),
+                    own: Some(Arc::clone(&now.own)),
+                    shared: Some(Arc::clone(&now.shared)),
                     tiers: Some(Arc::clone(&now.tiers)),
                 },
                 compiled,
@@ -179,79 +224,57 @@ pub(super) fn read(now: &Parts, before: Good, settings: &Settings) -> Read {
         }
         Err(error) => error,
     };
-    let alone = |tiers: &Arc<Tiers>| {
-        let parts = Parts {
-            teams: Arc::default(),
-            tiers: Arc::clone(tiers),
-        };
-        parts.read(settings).map(drop)
+    let Some(tiers) = readable_tiers(now, &before, settings) else {
+        return without_tiers(&error, before, settings);
     };
-    let read_alone = alone(&now.tiers);
-    let are_tiers_readable = read_alone.is_ok();
-    let tiers = match read_alone {
-        Ok(()) => Some(Arc::clone(&now.tiers)),
-        // The earlier addresses of peers may be those of other pods by now.
-        Err(error) if error.is_over_prefixes() && now.tiers.have_peers() => None,
-        Err(_) => before.tiers.clone().filter(|tiers| alone(tiers).is_ok()),
-    };
-    let Some(tiers) = tiers else {
-        let mut compiled = egress_policy::unreadable_tiers(settings);
-        compiled.closed_by = error.closers().into();
-        let problem = match compiled.mode {
-            Mode::Enforce => "everything is denied, internal addresses too",
-            Mode::Audit | Mode::Off => {
-                "everything would be denied, internal addresses too; nothing is stopped (defaultMode: audit)"
-            }
-        };
-        return Read {
-            compiled,
-            good: before,
-            problem: Some(format!("{error}; {problem}")),
-            written: Arc::default(),
-            present: Present::default(),
-        };
-    };
-    let candidates = [
-        (!are_tiers_readable).then(|| Arc::clone(&now.teams)),
-        before.teams.clone(),
+    let shared = readable_shared(now, &before, &tiers, settings);
+    let is_rest_present = Arc::ptr_eq(&tiers, &now.tiers)
+        && shared
+            .as_ref()
+            .is_some_and(|shared| Arc::ptr_eq(shared, &now.shared));
+    let of_own = [
+        // Otherwise this is what could not be read.
+        (!is_rest_present).then_some(&now.own),
+        before.own.as_ref(),
     ];
-    for teams in candidates.into_iter().flatten() {
+    for own in of_own.into_iter().flatten() {
+        let Some(shared) = &shared else {
+            break;
+        };
         let parts = Parts {
-            teams: Arc::clone(&teams),
+            own: Arc::clone(own),
+            shared: Arc::clone(shared),
             tiers: Arc::clone(&tiers),
         };
         if let Ok((compiled, written)) = parts.read(settings) {
-            let stays = if tiers.policies.is_empty() {
-                "the last good policy stays"
-            } else if are_tiers_readable {
-                "the last good lists of the pod and its namespace stay"
-            } else {
-                "the last good ordered rules stay"
-            };
+            let present = parts.present(now);
             return Read {
                 compiled,
-                present: Present {
-                    teams: Arc::ptr_eq(&teams, &now.teams),
-                    tiers: are_tiers_readable,
-                },
+                problem: Some(format!("{error}; {}", stays(now, present))),
                 good: Good {
-                    teams: Some(teams),
-                    tiers: Some(tiers),
+                    own: Some(parts.own),
+                    shared: Some(parts.shared),
+                    tiers: Some(parts.tiers),
                 },
-                problem: Some(format!("{error}; {stays}")),
                 written: Arc::new(written),
+                present,
             };
         }
     }
-    // The lists were never readable: they count as empty.
-    let own = Annotations::from_map(&now.teams.own);
-    let namespace = Annotations::from_map(&now.teams.namespace);
-    let parts = Parts {
-        teams: Arc::default(),
+    // The pod's annotations were never readable, or the lists of its namespace: what they allow counts as empty.
+    let closed = Parts {
+        own: Arc::default(),
+        shared: shared.clone().unwrap_or_default(),
         tiers: Arc::clone(&tiers),
     };
-    let written = parts.written();
-    let mut compiled = egress_policy::unreadable(&own, &namespace, &written.objects, settings);
+    let denying = closed.written();
+    let own = Annotations::from_map(&now.own.annotations);
+    let namespace = if shared.is_some() {
+        denying.namespace
+    } else {
+        Annotations::from_map(&now.shared.annotations)
+    };
+    let mut compiled = egress_policy::unreadable(&own, &namespace, &denying.objects, settings);
     compiled.closed_by = error.closers().into();
     let problem = match (compiled.mode, tiers.policies.is_empty()) {
         (Mode::Enforce, true) => "everything external is denied",
@@ -260,17 +283,106 @@ pub(super) fn read(now: &Parts, before: Good, settings: &Settings) -> Read {
             "everything external would be denied; nothing is stopped (defaultMode: audit)"
         }
     };
+    // The lists of the namespace grant nothing here.
+    let written = Parts {
+        shared: Arc::default(),
+        ..closed
+    }
+    .written();
     Read {
         compiled,
+        present: Present {
+            own: false,
+            shared: false,
+            tiers: Arc::ptr_eq(&tiers, &now.tiers),
+        },
         good: Good {
-            teams: before.teams,
+            own: before.own,
+            shared: shared.or(before.shared),
             tiers: Some(tiers),
         },
         problem: Some(format!("{error}; {problem}")),
         written: Arc::new(written),
-        present: Present {
-            teams: false,
-            tiers: are_tiers_readable,
-        },
     }
+}
+
+/// The ordered rules that count: those of now, if they can be read, or the last that could be.
+fn readable_tiers(now: &Parts, before: &Good, settings: &Settings) -> Option<Arc<Tiers>> {
+    let alone = |tiers: &Arc<Tiers>| Parts {
+        own: Arc::default(),
+        shared: Arc::default(),
+        tiers: Arc::clone(tiers),
+    };
+    match alone(&now.tiers).read(settings) {
+        Ok(_) => Some(Arc::clone(&now.tiers)),
+        // The earlier addresses of peers may be those of other pods by now.
+        Err(error) if error.is_over_prefixes() && now.tiers.have_peers() => None,
+        Err(_) => {
+            let tiers = before.tiers.clone();
+            tiers.filter(|tiers| alone(tiers).is_readable(settings))
+        }
+    }
+}
+
+/// The lists of the namespace that count, under these ordered rules.
+fn readable_shared(
+    now: &Parts,
+    before: &Good,
+    tiers: &Arc<Tiers>,
+    settings: &Settings,
+) -> Option<Arc<Shared>> {
+    let candidates = [Some(&now.shared), before.shared.as_ref()];
+    let mut candidates = candidates.into_iter().flatten();
+    let readable = candidates.find(|shared| {
+        let parts = Parts {
+            own: Arc::default(),
+            shared: Arc::clone(shared),
+            tiers: Arc::clone(tiers),
+        };
+        parts.is_readable(settings)
+    });
+    readable.map(Arc::clone)
+}
+
+/// The policy of a pod whose ordered rules could never be read.
+fn without_tiers(error: &PolicyError, good: Good, settings: &Settings) -> Read {
+    let mut compiled = egress_policy::unreadable_tiers(settings);
+    compiled.closed_by = error.closers().into();
+    let problem = match compiled.mode {
+        Mode::Enforce => "everything is denied, internal addresses too",
+        Mode::Audit | Mode::Off => {
+            "everything would be denied, internal addresses too; nothing is stopped (defaultMode: audit)"
+        }
+    };
+    Read {
+        compiled,
+        good,
+        problem: Some(format!("{error}; {problem}")),
+        written: Arc::default(),
+        present: Present::default(),
+    }
+}
+
+/// What stays in force instead of what the pod has now.
+fn stays(now: &Parts, present: Present) -> String {
+    let Parts { own, shared, tiers } = now;
+    let is_stale_or_empty = |is_present: bool, is_empty: bool| !is_present || is_empty;
+    if present.tiers
+        && tiers.policies.is_empty()
+        && is_stale_or_empty(present.own, own.annotations.is_empty())
+        && is_stale_or_empty(
+            present.shared,
+            shared.annotations.is_empty() && shared.policies.is_empty(),
+        )
+    {
+        return "the last good policy stays".to_owned();
+    }
+    let parts = [
+        ("annotations of the pod", present.own),
+        ("lists of its namespace", present.shared),
+        ("ordered rules", present.tiers),
+    ];
+    let stale = parts.iter().filter(|(_, is_present)| !is_present);
+    let stale: Vec<&str> = stale.map(|(name, _)| *name).collect();
+    format!("the last good {} stay", stale.join(" and "))
 }

@@ -221,7 +221,9 @@ mod tests {
     };
     use egress_policy::{
         Mode,
-        objects::{ObjectKind, ObjectName, Tier, TierAction, TierPolicy, TierRule},
+        objects::{
+            NamespacePolicy, ObjectKind, ObjectName, Tier, TierAction, TierPolicy, TierRule,
+        },
     };
 
     const ALLOW: &str = "egress-agent.dev/allow";
@@ -342,7 +344,7 @@ mod tests {
             assert!(denies(&now, [10, 1, 2, 2]));
             let problem = policies.problem(&cart).expect("a problem");
             assert!(
-                problem.ends_with("lists of the pod and its namespace stay"),
+                problem.ends_with("the last good annotations of the pod stay"),
                 "{problem}"
             );
             // So it is if both parts are readable, but too large together.
@@ -351,6 +353,98 @@ mod tests {
             let now = policies.read(&cart, &under(&rules, &ports.join(" ")));
             assert!(denies(&now, [10, 1, 2, 2]));
         }
+    }
+
+    /// A pod that denies this itself, in a namespace that opens everything but this.
+    fn denied(own: &str, namespace: &str, policies: &[Arc<NamespacePolicy>]) -> Pod {
+        let mut pod = pod("cart");
+        let list = |key: &str, list: &str| (format!("egress-agent.dev/{key}"), list.to_owned());
+        pod.annotations = [list("deny", own)].into();
+        pod.namespace_annotations = [list("allow", "*"), list("deny", namespace)].into();
+        pod.objects.namespace = policies.to_vec();
+        pod
+    }
+
+    fn policy(deny: &str) -> Arc<NamespacePolicy> {
+        Arc::new(NamespacePolicy {
+            name: Arc::new(ObjectName {
+                kind: ObjectKind::EgressPolicy,
+                namespace: Some("shop".to_owned()),
+                name: "team".to_owned(),
+            }),
+            mode: None,
+            allow: None,
+            deny: Some(vec![deny.to_owned()]),
+            resolve: None,
+        })
+    }
+
+    #[test]
+    fn annotations_that_cannot_be_read_keep_no_list_of_the_namespace_from_their_pod() {
+        let cart = Subject::pod("shop", "cart");
+        for lines in ["", "podAnnotations: narrow\n", "podAnnotations: ignore\n"] {
+            let mut policies = Policies::new(settings(lines));
+            let policy = [policy("10.3.3.3")];
+            // A new pod has no last good annotations.
+            let closed = policies.read(&cart, &denied("!", "10.2.2.2", &policy));
+            assert!(denies(&closed, [10, 2, 2, 2]));
+            assert!(denies(&closed, [10, 3, 3, 3]));
+            assert_ne!(closed.record.flags & POLICY_UNREADABLE, 0);
+            assert!(closed.record.any.is_empty());
+            // A known pod is under the lists of its namespace as they are now.
+            let good = policies.read(&cart, &denied("10.1.1.1", "10.9.9.9", &[]));
+            assert!(!denies(&good, [10, 2, 2, 2]));
+            let now = policies.read(&cart, &denied("10.1.1.1 !", "10.2.2.2", &policy));
+            let mut fresh = Policies::new(settings(lines));
+            let expected = fresh.read(&cart, &denied("10.1.1.1", "10.2.2.2", &policy));
+            assert_eq!(now, expected, "only the pod's annotations are earlier ones");
+            let problem = policies.problem(&cart).expect("a problem");
+            assert!(
+                problem.ends_with("the last good annotations of the pod stay"),
+                "{problem}"
+            );
+        }
+    }
+
+    #[test]
+    fn annotations_take_effect_while_lists_of_the_namespace_cannot_be_read() {
+        let cart = Subject::pod("shop", "cart");
+        let mut policies = Policies::new(settings(""));
+        policies.read(&cart, &denied("10.1.1.1", "10.2.2.2", &[]));
+        let now = policies.read(&cart, &denied("10.4.4.4", "10.2.2.2 !", &[]));
+        let mut fresh = Policies::new(settings(""));
+        let expected = fresh.read(&cart, &denied("10.4.4.4", "10.2.2.2", &[]));
+        assert_eq!(now, expected);
+        let problem = policies.problem(&cart).expect("a problem");
+        assert!(
+            problem.ends_with("the last good lists of its namespace stay"),
+            "{problem}"
+        );
+        // Without earlier lists of the namespace, annotations that can be read open nothing.
+        let closed = fresh.read(&Subject::pod("shop", "till"), &denied("10.4.4.4", "!", &[]));
+        assert_ne!(closed.record.flags & POLICY_UNREADABLE, 0);
+        assert!(closed.record.any.is_empty());
+    }
+
+    #[test]
+    fn each_part_uses_the_sets_of_its_time() {
+        let cart = Subject::pod("shop", "cart");
+        let with = |mut pod: Pod, members: &str| {
+            let sets = [("s".to_owned(), vec![members.to_owned()])];
+            pod.objects.sets = Arc::new(sets.into());
+            pod
+        };
+        let mut policies = Policies::new(settings(""));
+        let of_both = |own: &str| denied(own, "@s", &[]);
+        policies.read(&cart, &with(of_both("@s"), "10.1.1.1"));
+        // A set that the namespace uses is as it is now.
+        let now = policies.read(&cart, &with(of_both("@s !"), "10.2.2.2"));
+        assert!(denies(&now, [10, 2, 2, 2]));
+        assert!(!denies(&now, [10, 1, 1, 1]));
+        let of_pod = |own: &str| denied(own, "10.9.9.9", &[]);
+        policies.read(&cart, &with(of_pod("@s"), "10.1.1.1"));
+        let now = policies.read(&cart, &with(of_pod("@s !"), "10.2.2.2"));
+        assert!(denies(&now, [10, 1, 1, 1]));
     }
 
     #[test]

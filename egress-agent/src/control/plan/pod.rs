@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, collections::HashMap, sync::Arc};
 
-use egress_common::{ids::IfIndex, limits::OWN_ADDRESSES};
+use egress_common::{ids::IfIndex, limits::OWN_ADDRESSES, records::POLICY_REFUSED};
 
 use super::{own_addresses::own_addresses, wanted::Wanted};
 use crate::{
@@ -36,9 +36,10 @@ pub(super) enum Decision {
     KeepLeft(String),
     /// Nobody can be enforced on its interfaces because others are; the text says who. None of them is released.
     Refuse(String),
-    /// Keep what is in force, because the pod cannot be found any more. The text says why. It becomes a problem
-    /// only if that lasts: every pod ends like this.
-    KeepUnlocated(String),
+    /// Keep the pod where it is enforced, because it cannot be found any more. The text says why. It becomes a problem
+    /// only if that lasts: every pod ends like this. The version is what it should be under there; without one, what is
+    /// in force stays.
+    KeepUnlocated(Option<Arc<Wanted>>, String),
     /// It cannot be found yet.
     Wait(Absence),
 }
@@ -91,12 +92,14 @@ pub(super) fn decide(
         Location::Found(location) => location,
         // The pod has ended, and the cluster does not say so yet.
         Location::Nobody { .. } if is_enforced => return Decision::Keep(None),
-        // A look for its interfaces may fail for a moment only. While the pod stays enforced on them, nothing
-        // passes that should not.
+        // A look for its interfaces may fail for a moment only. A pod can also hide them, in a namespace without a
+        // process: edits of its policy take effect all the same.
         Location::NotYet(why) | Location::Nowhere(why)
             if pod.cgroup_uid.is_some() && is_enforced =>
         {
-            return Decision::KeepUnlocated(format!("{why}; enforced on its earlier interfaces"));
+            let wanted = in_place(observed, settings, subject, found);
+            let why = format!("{why}; enforced on its earlier interfaces");
+            return Decision::KeepUnlocated(wanted, why);
         }
         Location::NotYet(why) => {
             return Decision::Wait(Absence::new(format!("not enforced yet: {why}")));
@@ -126,7 +129,11 @@ pub(super) fn decide(
             })
         }
         Some(why) if is_enforced => {
-            return Decision::Keep(Some(format!("{why}; enforced on its earlier interface")));
+            let why = Some(format!("{why}; enforced on its earlier interface"));
+            return match in_place(observed, settings, subject, found) {
+                Some(wanted) => Decision::Enforce(wanted, why),
+                None => Decision::Keep(why),
+            };
         }
         Some(why) => return Decision::Refuse(format!("not enforced: {why}")),
     };
@@ -187,6 +194,23 @@ pub(super) fn decide(
     Decision::Enforce(wanted(closed), Some(format!("{why}; {follows}")))
 }
 
+/// The pod's policy where it is enforced now, with the own addresses that it has there. `None` if it is closed there for
+/// another reason than its policy: that reason may still hold.
+fn in_place(
+    observed: &Observed<'_>,
+    settings: &Settings,
+    subject: &Subject,
+    found: &ObservedPod<'_>,
+) -> Option<Arc<Wanted>> {
+    let in_force = &observed.enforced.get(subject)?.wanted;
+    let is_refused = in_force.compiled.record.flags & POLICY_REFUSED != 0;
+    if is_refused || found.pod.addresses.len() > OWN_ADDRESSES {
+        return None;
+    }
+    let policy = Arc::clone(&found.policy);
+    Some(Arc::new(in_force.under(policy, settings.ranges)))
+}
+
 /// Whether this very pod is enforced, and no earlier pod of its name.
 fn is_enforced(observed: &Observed<'_>, subject: &Subject, uid: &str) -> bool {
     let in_force = observed.enforced.get(subject);
@@ -231,7 +255,8 @@ fn follows(mode: Mode) -> &'static str {
 /// A policy that allows nothing external but what ordered rules allow, in this mode.
 fn closed(mode: Mode, pod: &Pod, settings: &egress_policy::Settings) -> Arc<Compiled> {
     let none = Annotations::default();
-    let mut closed = egress_policy::unreadable(&none, &none, &pod.objects, settings);
+    let namespace = Annotations::from_map(&pod.namespace_annotations);
+    let mut closed = egress_policy::unreadable(&none, &namespace, &pod.objects, settings);
     closed.mode = mode;
     Arc::new(closed)
 }

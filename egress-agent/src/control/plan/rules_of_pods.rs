@@ -152,6 +152,61 @@ fn a_pod_that_is_not_found_any_more_stays_enforced_where_it_was() {
     }
 }
 
+#[test]
+fn a_pod_that_hides_its_interfaces_keeps_no_edit_from_them() {
+    for location in [
+        Location::NotYet("has no interface".to_owned()),
+        Location::Nowhere("has no host end".to_owned()),
+    ] {
+        let mut scene = Scene::new();
+        scene.add("cart", 1);
+        scene.reconcile();
+        let edited = scene.policy(&[("deny", "203.0.113.9")]);
+        let cart = scene.get("cart");
+        (cart.location, cart.policy) = (location, edited);
+        assert_eq!(told(&scene.reconcile()), ["prepare", "change cart"]);
+        let plan = scene.plan();
+        assert!(told(&plan).is_empty());
+        assert!(plan.unlocated.contains_key(&subject("cart")));
+    }
+}
+
+#[test]
+fn a_pod_whose_new_interface_another_pod_has_keeps_no_edit_from_its_earlier_one() {
+    let mut scene = Scene::new();
+    scene.add("cart", 1);
+    scene.add("zoo", 2);
+    scene.reconcile();
+    let edited = scene.policy(&[("deny", "203.0.113.9")]);
+    let cart = scene.get("cart");
+    (cart.location, cart.policy) = (behind(&[2]), edited);
+    assert_eq!(told(&scene.reconcile()), ["prepare", "change cart"]);
+    assert!(told(&scene.plan()).is_empty());
+    assert!(
+        scene
+            .problem("cart")
+            .ends_with("enforced on its earlier interface")
+    );
+}
+
+#[test]
+fn a_pod_that_is_refused_stays_refused_while_it_is_not_found() {
+    let exits = Exits {
+        named: vec![Exit {
+            name: "net1".to_owned(),
+            kind: "macvlan".to_owned(),
+            to: LeadsTo::Hardware,
+        }],
+        ..Exits::default()
+    };
+    let mut scene = Scene::configured("unenforcedInterfaces: refuse\n");
+    scene.add("cart", 1).exits = Some((Arc::new(exits), None));
+    scene.reconcile();
+    let cart = scene.get("cart");
+    (cart.location, cart.exits) = (Location::NotYet("has no interface".to_owned()), None);
+    assert!(told(&scene.plan()).is_empty());
+}
+
 /// The location of a pod whose control group is empty.
 fn nobody() -> Location {
     Location::Nobody {

@@ -98,7 +98,10 @@ impl<'a> Targets<'a> {
                     targets.claimed.extend(interfaces);
                     Some(why)
                 }
-                Decision::KeepUnlocated(why) => {
+                Decision::KeepUnlocated(wanted, why) => {
+                    targets
+                        .wanted
+                        .extend(wanted.map(|wanted| (subject, wanted)));
                     plan.unlocated.insert(subject.clone(), Absence::new(why));
                     None
                 }

@@ -93,16 +93,28 @@ impl Wanted {
             interfaces: location.interfaces.clone(),
             networks: location.networks.clone(),
             record,
-            mode: match compiled.mode {
-                Mode::Audit => MODE_AUDIT,
-                Mode::Enforce | Mode::Off => MODE_ENFORCE,
-            },
+            mode: mode_of(&compiled),
             flags: match on_deny {
                 OnDeny::Drop => 0,
                 OnDeny::Reject => INTERFACE_REJECT,
             },
             compiled,
             ranges: ranges.number,
+        }
+    }
+
+    /// Another policy of the same pod, on the same interfaces and with the same own addresses.
+    pub(in crate::control) fn under(&self, compiled: Arc<Compiled>, ranges: RangesVersion) -> Self {
+        let mut record = compiled.record;
+        record.ranges = ranges.fingerprint;
+        (record.own, record.own_len) = (self.record.own, self.record.own_len);
+        record.flags |= self.record.flags & POLICY_OWN_UNSURE;
+        Self {
+            record,
+            mode: mode_of(&compiled),
+            compiled,
+            ranges: ranges.number,
+            ..self.clone()
         }
     }
 
@@ -185,6 +197,14 @@ impl Wanted {
             && self.mode == other.mode
             && self.flags == other.flags
             && self.ranges == other.ranges
+    }
+}
+
+/// The mode of an interface under this policy.
+fn mode_of(compiled: &Compiled) -> u32 {
+    match compiled.mode {
+        Mode::Audit => MODE_AUDIT,
+        Mode::Enforce | Mode::Off => MODE_ENFORCE,
     }
 }
 

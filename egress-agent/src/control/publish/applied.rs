@@ -155,7 +155,7 @@ impl Known {
         let is_present = |name: &ObjectName| {
             is_as_read
                 && match name.kind {
-                    ObjectKind::EgressPolicy => pod.present.teams,
+                    ObjectKind::EgressPolicy => pod.present.shared,
                     _ => pod.present.tiers,
                 }
         };

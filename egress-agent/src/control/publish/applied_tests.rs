@@ -178,7 +178,7 @@ fn guardrail() -> Arc<TierPolicy> {
 }
 
 #[test]
-fn ordered_rules_count_while_the_lists_of_the_pod_cannot_be_read() {
+fn ordered_rules_count_while_the_lists_of_the_namespace_cannot_be_read() {
     let all = |web: i64, guardrail_generation: Option<i64>| {
         let mut all = PolicyObjects::clone(&policies(&[("web", web, web)]));
         if let Some(generation) = guardrail_generation {
@@ -202,7 +202,8 @@ fn ordered_rules_count_while_the_lists_of_the_pod_cannot_be_read() {
 
     // The new rules are in the kernel, with the lists that could be read last.
     pod.present = Present {
-        teams: false,
+        own: true,
+        shared: false,
         tiers: true,
     };
     pod.objects.tiers = vec![guardrail()];
