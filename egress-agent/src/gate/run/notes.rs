@@ -3,7 +3,10 @@
 use anyhow::Result;
 use egress_common::{ids::PodId, records::DnsTimes};
 
-use super::{super::judge::DecisionContext, Runner};
+use super::{
+    super::{judge::DecisionContext, tally::Tally},
+    Runner,
+};
 use crate::datapath::{DnsTimesMap, NoteRing, boottime_ns};
 
 /// The programs' notes and settings.
@@ -12,6 +15,8 @@ pub(in super::super) struct Notes {
     times: DnsTimesMap,
     /// The settings as they were last written.
     written: DnsTimes,
+    /// Times at which they could not be written, for the log.
+    failures: Tally,
     /// Whether the resolvers were known to walk search lists when the settings were last written.
     walks: bool,
 }
@@ -32,6 +37,7 @@ impl Notes {
             ring,
             times,
             written: DnsTimes::default(),
+            failures: Tally::default(),
             walks: false,
         };
         notes.configure(context)?;
@@ -62,8 +68,14 @@ impl Notes {
     /// Shows the programs that the agent runs.
     pub(in super::super) fn beat(&mut self, now_ns: u64) {
         self.written.beat_ns = now_ns;
-        if let Err(error) = self.times.set(self.written) {
-            tracing::error!(%error, "cannot show the programs that the agent runs: DNS of pods will go on as without it");
+        if self.times.set(self.written).is_err() {
+            self.failures.add(1);
+        }
+        if let Some(times) = self.failures.due(now_ns) {
+            tracing::error!(
+                times,
+                "cannot show the programs that the agent runs: DNS of pods goes on as without it"
+            );
         }
     }
 
