@@ -86,7 +86,7 @@ impl Lab {
     }
 
     /// Waits until each of these addresses is among the own addresses of some pod, known or not. Before, the programs deny
-    /// what is sent from it, ARP and neighbour discovery included.
+    /// every packet from it, also ARP and neighbour discovery.
     #[track_caller]
     pub fn wait_own(&self, addresses: &[IpAddr]) {
         let mapped = |address: &IpAddr| match address {

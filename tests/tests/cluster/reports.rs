@@ -251,7 +251,7 @@ fn a_report_is_written_when_it_changes_and_not_otherwise() {
     wait_report(&cluster, "the policy", |status| {
         policy(status, "web") == [Some(1), Some(1), Some(1), Some(1)]
     });
-    // The page shows what was so at the end of a reconcile, and the report was written once or twice until now.
+    // The page shows the state at the end of a reconcile. The agent has written the report once or twice by now.
     let ended = || cluster.lab.metrics().get(RECONCILES);
     let before = ended();
     let written = eventually("the metric counts the report", || {

@@ -77,7 +77,7 @@ fn a_log_that_nobody_reads_stops_neither_dns_nor_policy_edits() {
         }
     }
     scene.assert_neighbour_unaffected();
-    // The agent may still read what was sent.
+    // The agent may still be reading the messages of the flood.
     eventually("log lines are lost", || {
         for _ in 0..1000 {
             socket.send(b"no question").expect("send a datagram");

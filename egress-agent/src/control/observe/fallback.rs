@@ -1,8 +1,8 @@
 //! The policy of a pod of which a part cannot be read.
 //!
 //! A policy has three parts: the pod's annotations, the lists of its namespace (annotations and policies), and the
-//! ordered rules of the cluster. Each part falls back on its own to what was last readable. Otherwise the author of one
-//! part could keep the others from the pod by an entry that cannot be read.
+//! ordered rules of the cluster. If a part cannot be read, its last readable version stays, and the other parts count as
+//! they are now. Otherwise the author of one part could keep the others from the pod by an entry that cannot be read.
 
 use std::{collections::BTreeMap, sync::Arc};
 

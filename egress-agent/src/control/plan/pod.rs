@@ -36,9 +36,9 @@ pub(super) enum Decision {
     KeepLeft(String),
     /// Nobody can be enforced on its interfaces because others are; the text says who. None of them is released.
     Refuse(String),
-    /// Keep the pod where it is enforced, because it cannot be found any more. The text says why. It becomes a problem
-    /// only if that lasts: every pod ends like this. The version is what it should be under there; without one, what is
-    /// in force stays.
+    /// Keep the pod on its earlier interfaces, because it cannot be found any more. The text says why. It becomes a
+    /// problem only if that lasts: every pod ends like this. The pod gets this version there; without one, its present
+    /// version stays.
     KeepUnlocated(Option<Arc<Wanted>>, String),
     /// It cannot be found yet.
     Wait(Absence),
