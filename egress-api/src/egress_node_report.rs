@@ -98,14 +98,14 @@ pub struct PolicyCounts {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ReportedPolicy {
-    /// The kind.
+    /// The kind of the policy object.
     #[schemars(length(max = 63))]
     pub kind: String,
     /// The namespace, if the kind has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 63))]
     pub namespace: Option<String>,
-    /// The name.
+    /// The name of the policy object.
     #[schemars(length(max = 253))]
     pub name: String,
     /// `metadata.generation` of the object that the agent has read last.

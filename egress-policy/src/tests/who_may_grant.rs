@@ -9,7 +9,7 @@ use egress_common::{
 
 use super::{annotations, compiled, is_open, name, question};
 use crate::{
-    Mode, Objects, PodAnnotations, QuestionRule, Settings,
+    Compiled, Inputs, Mode, Objects, PodAnnotations, QuestionRule, Settings, compile,
     objects::{NamespacePolicy, ObjectKind, ObjectName},
     prefix::to_mapped,
     reference::settings,
@@ -21,6 +21,43 @@ fn restricted(pod_annotations: PodAnnotations) -> Settings {
         pod_annotations,
         ..settings()
     }
+}
+
+/// An `EgressPolicy` that says nothing.
+fn egress_policy(name: &str) -> NamespacePolicy {
+    NamespacePolicy {
+        name: Arc::new(ObjectName {
+            kind: ObjectKind::EgressPolicy,
+            namespace: Some("shop".to_owned()),
+            name: name.to_owned(),
+        }),
+        mode: None,
+        allow: None,
+        deny: None,
+        resolve: None,
+    }
+}
+
+fn with_policies(policies: impl IntoIterator<Item = NamespacePolicy>) -> Objects {
+    Objects {
+        namespace: policies.into_iter().map(Arc::new).collect(),
+        ..Objects::default()
+    }
+}
+
+/// The policy of a pod that these objects select.
+fn compiled_with(
+    pod: &[(&str, &str)],
+    namespace: &[(&str, &str)],
+    objects: &Objects,
+    settings: &Settings,
+) -> Compiled {
+    let inputs = Inputs {
+        pod: &annotations(pod),
+        namespace: &annotations(namespace),
+        objects,
+    };
+    compile(inputs, settings).unwrap()
 }
 
 #[test]
@@ -130,21 +167,10 @@ fn an_unreadable_policy_is_in_the_mode_of_its_namespaces_policy_objects_or_tight
         ..restricted(PodAnnotations::Narrow)
     };
     for (written, mode) in [(Mode::Enforce, Mode::Enforce), (Mode::Off, Mode::Audit)] {
-        let policy = NamespacePolicy {
-            name: Arc::new(ObjectName {
-                kind: ObjectKind::EgressPolicy,
-                namespace: Some("shop".to_owned()),
-                name: "team".to_owned(),
-            }),
+        let objects = with_policies([NamespacePolicy {
             mode: Some(written),
-            allow: None,
-            deny: None,
-            resolve: None,
-        };
-        let objects = Objects {
-            namespace: vec![Arc::new(policy)],
-            ..Objects::default()
-        };
+            ..egress_policy("team")
+        }]);
         let none = annotations(&[]);
         let closed = unreadable(
             &annotations(&[("mode", "audit")]),
@@ -182,6 +208,81 @@ fn if_audit_is_the_default_an_unreadable_policy_is_audited_unless_enforce_is_exp
     }
     assert_eq!(mode(grant, &audit, &enforce), Mode::Audit);
     assert_eq!(mode(narrow, &audit, &enforce), Mode::Enforce);
+}
+
+#[test]
+fn of_the_modes_of_a_namespace_and_its_policies_the_tightest_counts() {
+    let mode = |pod: &[_], namespace: &[_], policies: &[Mode], power| {
+        let policies = policies.iter().map(|&mode| NamespacePolicy {
+            mode: Some(mode),
+            ..egress_policy("team")
+        });
+        let objects = with_policies(policies);
+        compiled_with(pod, namespace, &objects, &restricted(power)).mode
+    };
+    let [grant, narrow] = [PodAnnotations::Grant, PodAnnotations::Narrow];
+    let (off, audit, enforce) = (Mode::Off, Mode::Audit, Mode::Enforce);
+    for power in [grant, narrow] {
+        assert_eq!(mode(&[], &[], &[off, enforce, audit], power), enforce);
+        assert_eq!(mode(&[], &[("mode", "off")], &[audit, off], power), audit);
+        assert_eq!(mode(&[], &[("mode", "enforce")], &[audit], power), enforce);
+        assert_eq!(mode(&[], &[], &[off], power), off);
+    }
+    let own = [("mode", "off")];
+    assert_eq!(mode(&own, &[], &[enforce], grant), off);
+    assert_eq!(mode(&own, &[], &[enforce], narrow), enforce);
+}
+
+#[test]
+fn under_narrow_egress_policies_cover_entries_as_the_namespaces_list_does() {
+    let objects = with_policies([
+        NamespacePolicy {
+            allow: Some(vec!["*.example.com:443".to_owned()]),
+            ..egress_policy("web")
+        },
+        NamespacePolicy {
+            allow: Some(vec!["10.20.0.0/16".to_owned()]),
+            resolve: Some(vec!["*.example.net".to_owned()]),
+            ..egress_policy("db")
+        },
+    ]);
+    let pod = [
+        (
+            "allow",
+            "a.example.com 10.20.1.0/24 b.example.org:22 other.test 10.30.0.1",
+        ),
+        ("resolve", "a.example.net other.example"),
+    ];
+    let namespace = [("allow", "b.example.org")];
+    let narrow = restricted(PodAnnotations::Narrow);
+    let policy = compiled_with(&pod, &namespace, &objects, &narrow);
+    for allowed in ["a.example.com", "b.example.org", "a.example.net"] {
+        assert_eq!(
+            question(&policy, allowed),
+            QuestionRule::Allowed,
+            "{allowed}"
+        );
+    }
+    for unlisted in ["other.test", "other.example"] {
+        assert_eq!(question(&policy, unlisted), QuestionRule::NotListed);
+    }
+    let prefixes: Vec<u32> = policy.cidrs.iter().map(|cidr| cidr.prefix_len).collect();
+    assert_eq!(prefixes, [96 + 24]);
+    assert_eq!(
+        policy.warnings.len(),
+        4,
+        "one for each entry that counts less than it says: {:?}",
+        policy.warnings
+    );
+    // A pod without a list has those of its namespace and of the policies.
+    let plain = compiled_with(&[], &namespace, &objects, &narrow);
+    for allowed in ["z.example.com", "b.example.org", "z.example.net"] {
+        assert_eq!(
+            question(&plain, allowed),
+            QuestionRule::Allowed,
+            "{allowed}"
+        );
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use egress_tests::{
-    Agent, Lab, Pod, TcpEcho,
+    Agent, Builder, Lab, Pod, TcpEcho,
     addresses::server,
     dns::{RecordType, ResponseCode},
     eventually, holds,
@@ -43,7 +43,18 @@ impl Scene {
     /// The policies are there before the agent starts.
     #[track_caller]
     pub(crate) fn new(annotations: &[(&str, &str)], policies: &[Value]) -> Self {
-        let lab = Lab::new();
+        Self::on(Lab::builder(), annotations, policies, |_| {})
+    }
+
+    /// The same in another laboratory, with more that is there before the agent starts.
+    #[track_caller]
+    fn on(
+        builder: Builder,
+        annotations: &[(&str, &str)],
+        policies: &[Value],
+        more: impl FnOnce(&Lab),
+    ) -> Self {
+        let lab = builder.build();
         let servers = [lab.serve_tcp(443), lab.serve_tcp(25)];
         lab.dns().addresses("shop.test", &[server(10)]);
         lab.dns().addresses("evil.test", &[server(66)]);
@@ -52,6 +63,7 @@ impl Scene {
         for policy in policies {
             lab.write_policy(policy);
         }
+        more(&lab);
         let agent = lab.start_agent(&[&pod]);
         Self {
             agent,
@@ -120,6 +132,50 @@ fn an_egress_policy_alone_closes_a_pod_until_it_is_removed() {
 }
 
 #[test]
+fn an_egress_policy_in_audit_mode_stops_nothing() {
+    let web = json!({ "mode": "audit", "allow": ["203.0.113.10:443"] });
+    let scene = Scene::new(&[], &[egress_policy("web", &web)]);
+    let (pod, to) = (&scene.pod, server(99));
+    pod.talks_tcp((to, 443));
+    let denial = scene.agent.wait_denial("the audited connection", |denial| {
+        denial.is(pod, "no_rule", to, 443)
+    });
+    assert_eq!(denial.event, "would_deny", "{}", denial.text);
+    assert_eq!(denial.line["policy"]["name"], "web", "{}", denial.text);
+    assert_eq!(scene.lab.status_of(pod)["mode"], "audit");
+}
+
+#[test]
+fn names_under_resolve_of_an_egress_policy_are_looked_up_and_not_reached() {
+    let web = json!({ "allow": ["shop.test:443"], "resolve": ["evil.test"] });
+    let scene = Scene::new(&[], &[egress_policy("web", &web)]);
+    let pod = &scene.pod;
+    assert_eq!(pod.lookup("shop.test"), [server(10)]);
+    pod.talks_tcp((server(10), 443));
+    assert_eq!(pod.lookup("evil.test"), [server(66)]);
+    assert!(!pod.reaches(server(66)), "resolve opens the name");
+    scene.agent.denies_name(pod, "other.test");
+}
+
+#[test]
+fn under_narrow_a_pods_list_counts_where_an_egress_policy_covers_it() {
+    let web = json!({ "allow": ["shop.test:443"] });
+    let builder = Lab::builder().config("podAnnotations", "narrow");
+    let entries = "shop.test:443 203.0.113.20:443 203.0.113.30:443";
+    let scene = Scene::on(
+        builder,
+        &[("allow", entries)],
+        &[egress_policy("web", &web)],
+        |lab| lab.write_namespace("shop", &[("allow", "203.0.113.20")]),
+    );
+    let pod = &scene.pod;
+    assert_eq!(pod.lookup("shop.test"), [server(10)]);
+    pod.talks_tcp((server(10), 443));
+    pod.talks_tcp((server(20), 443));
+    assert!(!pod.reaches(server(30)), "only the pod lists it");
+}
+
+#[test]
 fn the_admin_tier_precedes_what_teams_say_and_the_first_rule_decides() {
     let guard = cluster_policy(
         "guard",
@@ -135,6 +191,17 @@ fn the_admin_tier_precedes_what_teams_say_and_the_first_rule_decides() {
     let scene = Scene::new(&[("allow", "* evil.test")], &[guard]);
     let pod = &scene.pod;
     pod.talks_tcp((server(20), 443));
+    let (code, explained) = scene.lab.explain(pod, "203.0.113.20:443");
+    assert_eq!(code, 0, "{explained}");
+    let entry = &explained["entries"][0];
+    assert_eq!(
+        (&entry["of"], &entry["entry"]),
+        (
+            &json!("ClusterEgressPolicy guard, rule 1 `exception`"),
+            &json!("203.0.113.20:443")
+        ),
+        "{explained}"
+    );
     let policy = scene.denied_by((server(10), 443), "ClusterEgressPolicy", "guard");
     assert_eq!(policy["rule"], "range");
     assert_eq!(policy["entry"], "203.0.113.0/27");

@@ -130,6 +130,31 @@ fn a_peer_of_an_unknown_kind_fails_closed() {
 }
 
 #[test]
+fn rules_about_ingress_are_reported_once_and_those_about_egress_count() {
+    let mut both = policy(
+        "both",
+        1,
+        &json!([{ "action": "Deny", "to": [{ "networks": ["203.0.113.10/32"] }] }]),
+    );
+    both["spec"]["ingress"] = json!([{ "action": "Deny", "from": [{ "namespaces": {} }] }]);
+    let scene = Scene::new(&[], &[both]);
+    scene.denied_by((server(10), 443), "ClusterNetworkPolicy", "both");
+    let pod = &scene.pod;
+    // Every reconcile sees the policy again.
+    scene.agent.applies_policy_after(pod, || {
+        let labels = [("app", "cart")];
+        let deny = [("deny", "203.0.113.20")];
+        scene.lab.write_labelled_pod(pod, &labels, &deny);
+    });
+    let text = "ClusterNetworkPolicy both: spec.ingress has 1 rules: egress-agent does not enforce rules about ingress";
+    let (_, status) = scene.lab.ask_json(&["status"]);
+    let told = status["problems"].to_string();
+    assert_eq!(told.matches(text).count(), 1, "{told}");
+    let log = scene.agent.stderr();
+    assert_eq!(log.matches(text).count(), 1, "{log}");
+}
+
+#[test]
 fn of_two_policies_with_one_priority_the_first_denials_decide_and_then_the_names() {
     let of = |name: &str, rules: &Value| cluster_policy(name, "Admin", 7, rules);
     let first = of(
