@@ -40,8 +40,10 @@ const ADDRESSES: u16 = 4000;
 /// The number of queries of a flood in a millisecond.
 const FLOOD: u64 = 20;
 const ROUNDS: usize = 5;
-/// The number of names that the neighbour queries in each round, one by one.
+/// The number of names that the neighbour queries in each round beside costly responses, one by one.
 const NAMES: u32 = 100;
+/// The same beside a flood. They are answered faster.
+const NAMES_BESIDE_FLOOD: u32 = 1000;
 
 /// A response to this query that is as expensive for the agent as possible.
 fn costly(question: &[u8]) -> Vec<u8> {
@@ -151,7 +153,7 @@ impl Attack {
 }
 
 /// Measures the neighbour's latencies without and with the attack, and prints them.
-fn measure(client: &Client, attack: &Attack, what: &str) {
+fn measure(client: &Client, names: u32, attack: &Attack, what: &str) {
     let mut quiet = (Vec::new(), Vec::new());
     let mut attacked = (Vec::new(), Vec::new());
     let mut messages = 0;
@@ -161,7 +163,7 @@ fn measure(client: &Client, attack: &Attack, what: &str) {
             // Waits until the last messages have arrived, or the first are on their way.
             thread::sleep(Duration::from_secs(1));
             let before = attack.messages.load(Ordering::Relaxed);
-            let taken = client.latencies(NAMES);
+            let taken = client.latencies(names);
             messages += attack.messages.load(Ordering::Relaxed) - before;
             p50.push(quantile(&taken, 0.5));
             p99.push(quantile(&taken, 0.99));
@@ -169,7 +171,7 @@ fn measure(client: &Client, attack: &Attack, what: &str) {
     }
     attack.on.store(false, Ordering::Relaxed);
     println!(
-        "\n{ROUNDS} rounds of {NAMES} fresh names of the neighbour, one by one, without and with {what}.\n"
+        "\n{ROUNDS} rounds of {names} fresh names of the neighbour, one by one, without and with {what}.\n"
     );
     let us = |numbers: &[f64]| Spread::of(numbers.iter().copied()).number("µs", 0);
     print_table(&[
@@ -190,7 +192,8 @@ fn main() {
     let lab = Lab::builder().without_dns().build();
     let _responder = Responder::start(&lab);
     serve(&lab);
-    let [greedy, neighbour] = ["greedy", "neighbour"].map(|name| lab.pod("b", name));
+    let [greedy, neighbour, bare_flooder, bare] =
+        ["greedy", "neighbour", "bare-flooder", "bare"].map(|name| lab.pod("b", name));
     lab.write_pod(&greedy, &[("allow", &format!("big.test:443 *.{ZONE}:443"))]);
     lab.write_pod(&neighbour, &[("allow", &format!("*.{ZONE}:443"))]);
     let _agent = lab.start_agent(&[&greedy, &neighbour]);
@@ -199,10 +202,19 @@ fn main() {
     let what = format!(
         "{CONNECTIONS} connections of another pod that get {ALIASES} aliases and {ADDRESSES} addresses each time"
     );
-    measure(&client, &Attack::costly_responses(&greedy), &what);
+    measure(&client, NAMES, &Attack::costly_responses(&greedy), &what);
     let what = format!(
         "{} queries a second of another pod for names that are new",
         FLOOD * 1000
     );
-    measure(&client, &Attack::flood(&greedy), &what);
+    measure(&client, NAMES_BESIDE_FLOOD, &Attack::flood(&greedy), &what);
+    let client = Client::new(&bare, RESOLVER);
+    client.latencies(NAMES);
+    let what = format!("{what}; neither pod is enforced");
+    measure(
+        &client,
+        NAMES_BESIDE_FLOOD,
+        &Attack::flood(&bare_flooder),
+        &what,
+    );
 }
