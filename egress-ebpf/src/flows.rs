@@ -402,7 +402,7 @@ pub fn is_called(skb: &Skb<'_>, pod: PodId, key: &FlowKey) -> bool {
 /// pod's.
 #[inline(always)]
 fn may_answer(policy: PolicyId, key: &FlowKey) -> bool {
-    // SAFETY: the map is not preallocated, so an entry that is replaced lives until the program ends.
+    // SAFETY: the memory is that of some entry of the map until the program ends, and any bytes are a valid entry.
     let Some(policy) = (unsafe { POLICY.get(policy.get()) }) else {
         return false;
     };

@@ -52,8 +52,8 @@ pub fn judge(ctx: &TcContext) -> i32 {
         probe::count(&skb);
         return DROP;
     }
-    // SAFETY: neither map is preallocated, so an entry that is replaced lives until the program ends; the
-    // agent never writes to an entry in place.
+    // SAFETY: the memory is that of some entry of the map until the program ends, and any bytes are a valid entry. Since
+    // Linux 6.1 it may become another interface's when the agent replaces this one (SECURITY.md).
     let Some(interface) = (unsafe { INTERFACE.get(skb.ifindex().get()) }) else {
         count(|c| c.no_policy += 1);
         return DROP;

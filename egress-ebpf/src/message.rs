@@ -76,7 +76,7 @@ pub fn copy(ctx: &TcContext, packet: &Packet, message: &mut Message) -> bool {
 /// afterwards. So either the program sees the change here, or the agent sees what the program has written.
 #[inline(always)]
 pub fn is_current(skb: &Skb<'_>, interface: &Interface) -> bool {
-    // SAFETY: the map is not preallocated, so an entry that is replaced lives until the program ends.
+    // SAFETY: the memory is that of some entry of the map until the program ends, and any bytes are a valid entry.
     let now = unsafe { INTERFACE.get(skb.ifindex().get()) };
     now.is_some_and(|now| {
         now.flags == interface.flags
