@@ -39,7 +39,7 @@ const ADDRESSES: usize = OWN_ADDRESSES;
 #[derive(Debug)]
 struct Sight {
     addresses: Vec<IpAddr>,
-    /// Whether no program of a pod can have chosen them.
+    /// Whether the addresses were there before a program of a pod could change them.
     made: bool,
     /// The look that found the interface.
     since: Instant,

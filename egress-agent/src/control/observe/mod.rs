@@ -102,7 +102,7 @@ pub(in crate::control) struct Observed<'a> {
     pub(in crate::control) unseen_responses: Option<&'static str>,
 }
 
-/// A pod of the source, or what stands for an interface in quarantine.
+/// A pod of the source, or the stand-in for an interface in quarantine.
 pub(in crate::control) struct ObservedPod<'a> {
     pub(in crate::control) pod: Cow<'a, Pod>,
     pub(in crate::control) location: Location,

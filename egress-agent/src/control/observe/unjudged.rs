@@ -55,7 +55,7 @@ impl Unjudged {
         }
     }
 
-    /// Whether no program has judged what went through this interface.
+    /// Whether packets have passed this interface without a verdict.
     pub(in crate::control) fn contains(&self, ifindex: IfIndex) -> bool {
         !self.left.contains(&ifindex) && (!self.quarantine || self.free.contains(&ifindex))
     }

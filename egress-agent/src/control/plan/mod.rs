@@ -65,8 +65,8 @@ pub(in crate::control) struct Plan {
     pub(in crate::control) left_alone: Vec<IfIndex>,
     /// The pods of an earlier agent that stay in the kernel as that agent left them, by their ids.
     pub(in crate::control) kept: Vec<PodId>,
-    /// The interfaces that somebody is to be enforced on, now or when another pod has left them. Until then nothing
-    /// passes there: they are not detached from.
+    /// The interfaces on which a pod is to be enforced, now or when another pod has left them. Until then nothing passes
+    /// there: the programs stay attached.
     pub(in crate::control) claimed: HashSet<IfIndex>,
 }
 
@@ -141,7 +141,7 @@ pub(in crate::control) fn plan(observed: &Observed<'_>, settings: &Settings, now
 }
 
 impl Plan {
-    /// Pods that are to be free are so at once. What other pods claim is not released.
+    /// Releases at once the pods that are no longer to be enforced, except interfaces that other pods claim.
     fn release(&mut self, targets: &Targets<'_>) {
         let free = targets.freed.iter().filter(|subject| {
             targets.enforced.get(*subject).is_some_and(|in_force| {
