@@ -1,11 +1,10 @@
 //! Chooses the addresses that are evicted when a pod's allow map is full.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use egress_common::address::Address;
-use lru::LruCache;
 
-use super::{learned::Entries, learned_address::Learned};
+use super::{addresses::Addresses, learned::Entries, learned_address::Learned};
 use crate::datapath::AllowError;
 use egress_dns::Name;
 
@@ -43,7 +42,7 @@ impl Eviction {
     /// otherwise the kernel's error.
     pub(super) fn choose(
         &mut self,
-        addresses: &LruCache<Address, Learned>,
+        addresses: &Addresses,
         kept: &HashSet<Address>,
         wanted: usize,
         allow: &impl Entries,
@@ -86,19 +85,17 @@ enum Priority {
 struct Crowding<'a>(HashSet<&'a Name>);
 
 impl<'a> Crowding<'a> {
-    fn of(addresses: &'a LruCache<Address, Learned>, capacity: usize) -> Self {
-        let mut counts: HashMap<&Name, usize> = HashMap::new();
-        for source in addresses.iter().flat_map(|(_, learned)| &learned.sources) {
-            *counts.entry(&source.name).or_default() += 1;
-        }
-        let share = (capacity / NAME_PART).max(1);
-        counts.retain(|_, count| *count > share);
-        Self(counts.into_keys().collect())
+    fn of(addresses: &'a Addresses, capacity: usize) -> Self {
+        let part = (capacity / NAME_PART).max(1);
+        Self(addresses.names_of_more_than(part))
     }
 
     fn priority(&self, learned: &Learned, now_ns: u64) -> Priority {
         if learned.expires_ns() <= now_ns {
             return Priority::Expired;
+        }
+        if self.0.is_empty() {
+            return Priority::Live;
         }
         let has_other = learned
             .sources

@@ -13,7 +13,8 @@ use egress_common::{address::Address, records::AllowEntry};
 use lru::LruCache;
 
 use super::{
-    Enforcement, eviction::Eviction, learned_address::Learned, names_kept::NamesLost, tally::Tally,
+    Enforcement, addresses::Addresses, eviction::Eviction, learned_address::Learned,
+    names_kept::NamesLost, tally::Tally,
 };
 use crate::datapath::{AllowError, Kept, NamesError, OpenFlows};
 use egress_dns::Name;
@@ -89,7 +90,7 @@ pub(super) struct AnswerAddress {
 
 /// The resolutions of one pod.
 pub(super) struct Table {
-    pub(super) addresses: LruCache<Address, Learned>,
+    pub(super) addresses: Addresses,
     pub(super) unlisted: LruCache<Arc<Name>, Vec<AnswerAddress>>,
     /// Protected addresses in responses, with the queried name. Only denials use it.
     pub(super) protected: LruCache<Address, Name>,
@@ -127,9 +128,9 @@ impl Failures {
 impl Table {
     pub(super) fn new() -> Self {
         Self {
+            addresses: Addresses::new(),
             // Unbounded, because the bounded caches allocate all of their memory at once. The code that adds
             // entries keeps the bounds.
-            addresses: LruCache::unbounded(),
             unlisted: LruCache::unbounded(),
             protected: LruCache::unbounded(),
             next_change_ns: u64::MAX,
@@ -210,7 +211,8 @@ impl Table {
         let name = self.shared_name(name, answered);
         for answered in answered {
             let address = answered.address;
-            let mut learned = self.addresses.get(&address).cloned().unwrap_or_default();
+            let known = self.addresses.peek(&address);
+            let mut learned = known.cloned().unwrap_or_default();
             let is_new = learned.source(&name).is_none();
             let forgotten = learned.add(&name, grant, answered);
             // The name is kept before the entry is written, so that no address is open without its name.
@@ -289,7 +291,7 @@ impl Table {
         let expired_ns = std::mem::replace(&mut self.expired_ns, now_ns);
         let mut next_change_ns = u64::MAX;
         let mut result = Ok(());
-        for (&address, learned) in &mut self.addresses {
+        self.addresses.change_all(|address, learned| {
             if learned.ended_between(expired_ns, now_ns)
                 && let Some(until) = allow.learned_until(address)
             {
@@ -301,7 +303,7 @@ impl Table {
                 result = Err(error);
             }
             next_change_ns = next_change_ns.min(learned.changes_ns(now_ns));
-        }
+        });
         self.next_change_ns = next_change_ns;
         result
     }
@@ -309,9 +311,7 @@ impl Table {
     /// Extends lifetimes to what the programs have learned.
     pub(super) fn refresh(&mut self, learned: impl IntoIterator<Item = (Address, (u64, u64))>) {
         for (address, until) in learned {
-            if let Some(known) = self.addresses.peek_mut(&address) {
-                known.extend(until);
-            }
+            self.addresses.change(&address, |known| known.extend(until));
         }
     }
 

@@ -443,7 +443,7 @@ fn addresses_that_are_carried_over_in_parts_are_those_that_are_carried_over_at_o
         assert_eq!(order(&next), order(&whole));
         assert_eq!(order(&before), order_before, "the order of use has changed");
         // The names of all addresses are kept, and none is forgotten yet.
-        for (address, learned) in &next.addresses {
+        for (address, learned) in next.addresses.iter() {
             for source in &learned.sources {
                 let key = (*address, Name::clone(&source.name));
                 assert!(in_parts.names.contains_key(&key), "{key:?}");

@@ -14,6 +14,7 @@
 //! commands. It takes no lock that the control side holds. Its only input and output is to update maps and to
 //! send frames. Other threads send to the pods that take frames slowly ([`frame_sender`]).
 
+mod addresses;
 mod backlog;
 mod budget;
 mod carry_over;
