@@ -67,13 +67,11 @@ impl Addresses {
         self.all.promote(address);
     }
 
-    /// Changes an address without using it. `change` leaves its names as they are.
-    pub(super) fn change<T>(
-        &mut self,
-        address: &Address,
-        change: impl FnOnce(&mut Learned) -> T,
-    ) -> Option<T> {
-        self.all.peek_mut(address).map(change)
+    /// Extends a lifetime of an address, if it is there, without using it; see [`Learned::extend`].
+    pub(super) fn extend(&mut self, address: &Address, until: (u64, u64)) {
+        if let Some(learned) = self.all.peek_mut(address) {
+            learned.extend(until);
+        }
     }
 
     /// Changes all addresses without using them. `change` leaves their names as they are.

@@ -311,7 +311,7 @@ impl Table {
     /// Extends lifetimes to what the programs have learned.
     pub(super) fn refresh(&mut self, learned: impl IntoIterator<Item = (Address, (u64, u64))>) {
         for (address, until) in learned {
-            self.addresses.change(&address, |known| known.extend(until));
+            self.addresses.extend(&address, until);
         }
     }
 
