@@ -1,15 +1,16 @@
 //! Loads the compiled programs with their constants.
 
-use std::{borrow::Cow, io, thread, time::Duration};
+use std::borrow::Cow;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Map, MapData},
-    programs::{ProgramError, SchedClassifier},
+    programs::SchedClassifier,
     util::KernelVersion,
 };
 use aya_obj::Object;
+use nix::sys::signal::{SigSet, SigmaskHow};
 
 use super::{frame_record::FrameRecord, pins::Layout, stamp::Stamp};
 
@@ -59,12 +60,6 @@ const OLDEST_KERNEL: KernelVersion = KernelVersion::new(5, 10, 0);
 /// Oldest kernel that verifies a function with pointers among its parameters only once, for all callers
 /// (`btf_prepare_func_args`, kernel/bpf/btf.c).
 pub(super) const GLOBAL_FUNCTIONS: KernelVersion = KernelVersion::new(5, 12, 0);
-
-/// How often loading a program is attempted if signals interrupt it. libbpf tries five times, which is too few on a busy
-/// machine: there, verifying takes longer than the time between two signals.
-const LOAD_ATTEMPTS: u32 = 50;
-/// The pause between two attempts.
-const LOAD_PAUSE: Duration = Duration::from_millis(20);
 
 /// Marks of the frames that the gate sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -186,20 +181,13 @@ fn without_function_info(object: &[u8]) -> Vec<u8> {
     object
 }
 
-/// Loads a program, and tries again if a signal interrupted it: then the verifier returns EAGAIN
-/// (`do_check`, kernel/bpf/verifier.c), and aya does not retry.
-fn load(program: &mut SchedClassifier) -> Result<(), ProgramError> {
-    for _ in 1..LOAD_ATTEMPTS {
-        match program.load() {
-            Err(ProgramError::LoadError { io_error, .. })
-                if io_error.kind() == io::ErrorKind::WouldBlock =>
-            {
-                thread::sleep(LOAD_PAUSE);
-            }
-            other => return other,
-        }
-    }
-    program.load()
+/// Loads a program while the thread takes no signals: the verifier gives up with EAGAIN if the thread has one to handle
+/// (`do_check`, kernel/bpf/verifier.c), be it only the end of a child process. Other threads take them meanwhile.
+fn load(program: &mut SchedClassifier) -> Result<()> {
+    let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
+    let loaded = program.load();
+    mask.thread_set_mask()?;
+    Ok(loaded?)
 }
 
 pub(super) fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map> {
