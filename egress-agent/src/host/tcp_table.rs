@@ -44,8 +44,7 @@ const MESSAGE: usize = 24 + ID;
 /// Bytes of `struct tcp_info` up to `tcpi_bytes_retrans` (kernel 4.19).
 const TCP_INFO: usize = 216;
 
-/// How often one busy socket is read, how often all busy sockets together, and the pause between two
-/// readings.
+/// How often one busy socket is looked at, how often all busy sockets together, and the pause between two looks.
 const LOOKS: usize = 32;
 const LOOKS_IN_ALL: usize = 16_384;
 const PAUSE: Duration = Duration::from_micros(300);
@@ -98,6 +97,17 @@ struct Entry {
     state: u8,
     /// `None` for a connection request without a socket, and for a socket that is already closed.
     progress: Option<Progress>,
+}
+
+/// What another look at a busy socket shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Look {
+    /// Which side opened the connection.
+    Opened(Direction),
+    /// It was not at rest.
+    Busy,
+    /// The socket is closed.
+    Gone,
 }
 
 /// The connections of the network namespace that the calling thread is in.
@@ -208,15 +218,10 @@ pub(super) fn connections(bounds: &Bounds) -> io::Result<Connections> {
                 still.push(entry);
                 continue;
             }
-            let Some(now) = diagnosis.look_again(&entry)? else {
-                continue;
-            };
-            match now.direction(entry.progress.as_ref()) {
-                Some(direction) => found.sockets.push(entry.opened(direction)),
-                None => {
-                    entry.progress = Some(now);
-                    still.push(entry);
-                }
+            match diagnosis.look_again(&mut entry)? {
+                Look::Opened(direction) => found.sockets.push(entry.opened(direction)),
+                Look::Busy => still.push(entry),
+                Look::Gone => {}
             }
         }
         busy = still;
@@ -299,8 +304,23 @@ impl Diagnosis {
         Ok((entries, !is_over))
     }
 
+    /// Reads a busy socket twice. There is no pause between the readings, so that a server that sends all the time is
+    /// found at rest between two of its segments.
+    fn look_again(&mut self, entry: &mut Entry) -> io::Result<Look> {
+        for _ in 0..2 {
+            let Some(now) = self.progress(entry)? else {
+                return Ok(Look::Gone);
+            };
+            let before = entry.progress.replace(now);
+            if let Some(direction) = now.direction(before.as_ref()) {
+                return Ok(Look::Opened(direction));
+            }
+        }
+        Ok(Look::Busy)
+    }
+
     /// The progress of a socket now; `None` if it is gone.
-    fn look_again(&mut self, entry: &Entry) -> io::Result<Option<Progress>> {
+    fn progress(&mut self, entry: &Entry) -> io::Result<Option<Progress>> {
         let mut progress = None;
         let asked = self.ask(entry.family, &entry.id, 0, |entry| {
             progress = entry.progress;
@@ -404,17 +424,16 @@ mod tests {
         let (all, _) = diagnosis.list(IPV4, usize::MAX).unwrap();
         [(local, peer), (peer, local)].map(|(local, remote)| {
             let mut all = all.iter();
-            let entry = all.find(|entry| (entry.local, entry.remote) == (local, remote))?;
-            let mut last = entry.progress;
+            let mut entry = *all.find(|entry| (entry.local, entry.remote) == (local, remote))?;
+            if let Some(direction) = entry.progress?.direction(None) {
+                return Some(direction);
+            }
             for _ in 0..LOOKS {
-                if let Some(direction) = last?.direction(None) {
-                    return Some(direction);
+                match diagnosis.look_again(&mut entry).unwrap() {
+                    Look::Opened(direction) => return Some(direction),
+                    Look::Busy => {}
+                    Look::Gone => return None,
                 }
-                let now = diagnosis.look_again(entry).unwrap()?;
-                if let Some(direction) = now.direction(last.as_ref()) {
-                    return Some(direction);
-                }
-                last = Some(now);
             }
             None
         })
