@@ -207,6 +207,15 @@ fn an_outbound_connection_is_judged_even_if_the_pod_listens_on_its_port() {
     assert_reset(&mut opened);
 }
 
+/// Sets the flag at its end, also when a test fails: a scope waits for its threads.
+struct StopAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn a_server_that_sends_at_full_speed_keeps_its_client() {
     let lab = rejecting().build();
@@ -228,6 +237,7 @@ fn a_server_that_sends_at_full_speed_keeps_its_client() {
             io::Result::Ok(())
         });
         let reader = scope.spawn(move || io::copy(&mut caller, &mut io::sink()));
+        let sending = StopAtEnd(&stop);
         let sends_more = || {
             let from = sent_by(&cart);
             eventually("the pod goes on sending, or has stopped", || {
@@ -237,7 +247,7 @@ fn a_server_that_sends_at_full_speed_keeps_its_client() {
         sends_more();
         let agent = lab.start_agent(&[&cart]);
         sends_more();
-        stop.store(true, Ordering::Relaxed);
+        drop(sending);
         let sent = sender.join().expect("no panic");
         let received = reader.join().expect("no panic");
         sent.expect("the client was lost");
