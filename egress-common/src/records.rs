@@ -3,6 +3,7 @@
 
 mod dns;
 mod flows;
+mod keyed;
 mod links;
 mod names;
 mod policy;
@@ -16,6 +17,7 @@ pub use flows::{
     FLOW_KEY_FRAGMENT, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT,
     FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST, FLOW_SEEN_RST_IN, Flow, FlowKey, UNJUDGED,
 };
+pub use keyed::{AllowValue, InterfaceValue};
 pub use links::{HARDWARE_REFUSED, HARDWARE_SETTLED, LinkAddress, LinkHardware, LinkOwner};
 pub use names::{NAME_BY_STRANGER, NAME_BYTES, NameEntry, NameKey};
 pub use policy::{
@@ -30,7 +32,7 @@ use crate::{
     limits::{CLASSES, DNS_PORTS, OWN_ADDRESSES, RESOLVER_PORTS},
 };
 
-/// Value of `interfaces`, keyed by ifindex: the policy of the interface.
+/// The policy of an interface. The map `interfaces` has it as an [`InterfaceValue`].
 ///
 /// To move a pod from one version of its policy to the next, the agent replaces this value. The kernel
 /// replaces the whole value at once, so every packet is judged by one complete version.
@@ -122,7 +124,7 @@ pub struct AllowKey {
     pub addr: Address,
 }
 
-/// Value of a pod's allow map.
+/// What a pod's allow map has about an address. The map has it as an [`AllowValue`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct AllowEntry {
@@ -447,11 +449,11 @@ mod pod {
         crate::ids::PodId,
         crate::ids::PolicyId,
         crate::ids::IfIndex,
-        super::Interface,
+        super::InterfaceValue,
         super::Identity,
         super::Policy,
         super::AllowKey,
-        super::AllowEntry,
+        super::AllowValue,
         super::NameKey,
         super::NameEntry,
         super::CidrEntry,
@@ -480,7 +482,7 @@ mod pod {
 
 // A record without padding is as long as its fields together.
 const _: () = {
-    assert!(size_of::<Interface>() == 16);
+    assert!(size_of::<InterfaceValue>() == 20);
     assert!(size_of::<Identity>() == 64 + 256 + UID_BYTES);
     assert!(size_of::<PortClass>() == 8);
     assert!(
@@ -494,7 +496,7 @@ const _: () = {
                 + 8
     );
     assert!(size_of::<AllowKey>() == 16);
-    assert!(size_of::<AllowEntry>() == 40);
+    assert!(size_of::<AllowValue>() == 56);
     assert!(size_of::<NameKey>() == 16 + 1 + NAME_BYTES);
     assert!(size_of::<NameEntry>() == 16);
     assert!(size_of::<Range>() == 16);
@@ -508,7 +510,7 @@ const _: () = {
     assert!(size_of::<Decision>() == 48);
     assert!(size_of::<PendingKey>() == 40);
     assert!(size_of::<PendingQuery>() == 264 + 48 + 16);
-    assert!(size_of::<LearnedEntry>() == 48);
+    assert!(size_of::<LearnedEntry>() == 64);
     assert!(size_of::<LearnedNote>() == 256 + 16 + 16);
     assert!(size_of::<DnsTimes>() == 48);
     assert!(size_of::<Meter>() == 9 * 8);

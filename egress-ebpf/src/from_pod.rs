@@ -19,12 +19,13 @@ use crate::{
     counters::count,
     decided,
     denials::{Denied, deny},
+    entries::{self, Found},
     flows::{self, Known},
     forged,
     frame_record::is_packet_list,
     hardware, headers, held,
     housekeeping::{LinkMessage, judge_link_message},
-    maps::{BOUNCE_MARK, INTERFACE, POLICY, PROBE_MARK, STAMP, TRACE},
+    maps::{BOUNCE_MARK, POLICY, PROBE_MARK, STAMP, TRACE},
     open_flow, probe,
     rules::{IS_TUNNEL, PASSES, Rules, denied, judge_by_rules, may_be_dns_port, range_of},
     skb::{Skb, now_ns},
@@ -52,12 +53,11 @@ pub fn judge(ctx: &TcContext) -> i32 {
         probe::count(&skb);
         return DROP;
     }
-    // SAFETY: the memory is that of some entry of the map until the program ends, and any bytes are a valid entry. Since
-    // Linux 6.1 it may become another interface's when the agent replaces this one (SECURITY.md).
-    let Some(interface) = (unsafe { INTERFACE.get(skb.ifindex().get()) }) else {
+    let Found::Entry(interface) = entries::of_interface(skb.ifindex()) else {
         count(|c| c.no_policy += 1);
         return DROP;
     };
+    let interface = &interface;
     if interface.mode == MODE_RELEASED {
         return pass(&skb);
     }
@@ -85,7 +85,7 @@ pub fn judge(ctx: &TcContext) -> i32 {
     if TRACE.load() == 0 && open_flow::passes(&skb, interface) {
         return PASS;
     }
-    // SAFETY: as above.
+    // SAFETY: the agent removes a policy version after it has waited until no program judges by it.
     let Some(policy) = (unsafe { POLICY.get(interface.policy().get()) }) else {
         count(|c| c.no_policy += 1);
         return DROP;

@@ -14,6 +14,7 @@ use egress_common::{
 };
 
 use crate::{
+    entries,
     flows::{EXIST, NOEXIST},
     maps::{ALLOW, DNS_TIMES, LEARNED, LEARNED_NOTES, LEARNS, Learned, MESSAGE, PENDING, POLICY},
     message,
@@ -138,6 +139,7 @@ extern "C" fn learn_address(interface: *const Interface, index: u32, now_ns: u64
     let is_own = classes::mask_of(u64::from(message.aliases == 0));
     message.entry.internal_classes = decision.internal_classes.masked(is_own);
     message.entry.id = decision.id;
+    message.entry.addr = message.address.addr;
     message.entry.expires_ns = now_ns + times.lifetime_ns(ttl);
     u32::from(write(interface, message, learned))
 }
@@ -163,7 +165,11 @@ fn may_be_learned(interface: &Interface, message: &Message) -> bool {
         return false;
     };
     // Another name denies the address: the agent writes the entry of both.
-    allow.is_none_or(|allow| !allow.classes.meets(record.deny.or(record.pass)))
+    let denies = record.deny.or(record.pass);
+    allow.is_none_or(|allow| {
+        let is_denied = allow.classes.meets(denies);
+        entries::is_of(&allow.addr, &message.address.addr) && !is_denied
+    })
 }
 
 /// Writes the entry of an address, and tells the agent of what it does not know.
@@ -174,20 +180,21 @@ fn write(interface: &Interface, message: &mut Message, learned: &Learned) -> boo
     let known = unsafe { learned.get(&message.address) };
     let mut flags = NOEXIST;
     if let Some(known) = known {
-        if known.classes != message.entry.classes
-            || known.internal_classes != message.entry.internal_classes
-        {
+        let has_same_classes = known.classes == message.entry.classes
+            && known.internal_classes == message.entry.internal_classes;
+        let (id, known_ns) = (known.id, known.expires_ns);
+        if !has_same_classes || !entries::is_of(&known.addr, &message.address.addr) {
             return false;
         }
-        if known.id == message.entry.id {
-            return known.expires_ns + SLACK_NS >= expires_ns
+        if id == message.entry.id {
+            return known_ns + SLACK_NS >= expires_ns
                 || learned
                     .insert(&message.address, &message.entry, EXIST)
                     .is_ok();
         }
         // Two names have the address, and the one that lives longer counts.
-        if known.expires_ns > expires_ns {
-            message.entry.expires_ns = known.expires_ns;
+        if known_ns > expires_ns {
+            message.entry.expires_ns = known_ns;
         }
         flags = EXIST;
     }

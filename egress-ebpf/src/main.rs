@@ -46,6 +46,7 @@ mod checksum;
 mod counters;
 mod decided;
 mod denials;
+mod entries;
 mod flows;
 mod forged;
 mod frame_record;

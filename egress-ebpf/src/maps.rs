@@ -15,8 +15,8 @@ use egress_common::{
         NODE_ADDRESSES, PENDING_QUERIES, POLICIES, RANGE_MAP_ENTRIES, TUNNEL_MAP_ENTRIES,
     },
     records::{
-        AllowEntry, AllowKey, CidrEntry, Counters, Decision, DecisionKey, Denial, DnsPorts,
-        DnsTimes, Flow, FlowKey, Forged, Held, Identity, Interface, LearnedEntry, LearnedNote,
+        AllowKey, AllowValue, CidrEntry, Counters, Decision, DecisionKey, Denial, DnsPorts,
+        DnsTimes, Flow, FlowKey, Forged, Held, Identity, InterfaceValue, LearnedEntry, LearnedNote,
         LinkAddress, LinkHardware, LinkOwner, Meter, NameEntry, NameKey, NodeAddress, PendingKey,
         PendingQuery, Policy, Probes, Range, Tunnel, TunnelKey,
     },
@@ -25,7 +25,7 @@ use egress_common::{
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 
 /// A pod's allow map.
-pub type Allow = HashMap<AllowKey, AllowEntry, { ALLOW_ENTRIES as usize }, NO_PREALLOC>;
+pub type Allow = HashMap<AllowKey, AllowValue, { ALLOW_ENTRIES as usize }, NO_PREALLOC>;
 /// A policy's CIDR trie.
 pub type Cidrs = LpmTrie<Address, CidrEntry, { CIDR_ENTRIES as usize }>;
 /// A pod's flows of one kind.
@@ -34,7 +34,7 @@ pub type Flows = HashMap<FlowKey, Flow, { FLOW_ENTRIES as usize }, NO_PREALLOC>;
 pub type Order = Queue<FlowKey, { FlowLimits::of(FLOW_ENTRIES).opening_to_pod as usize }>;
 
 #[btf_map(name = "interfaces")]
-pub static INTERFACE: HashMap<u32, Interface, { INTERFACES as usize }, NO_PREALLOC> =
+pub static INTERFACE: HashMap<u32, InterfaceValue, { INTERFACES as usize }, NO_PREALLOC> =
     HashMap::new();
 
 #[btf_map(name = "identities")]

@@ -8,7 +8,8 @@ use egress_common::{
 };
 
 use crate::{
-    maps::{INTERFACE, MESSAGE},
+    entries::{self, Found},
+    maps::MESSAGE,
     skb::Skb,
 };
 
@@ -76,13 +77,12 @@ pub fn copy(ctx: &TcContext, packet: &Packet, message: &mut Message) -> bool {
 /// afterwards. So either the program sees the change here, or the agent sees what the program has written.
 #[inline(always)]
 pub fn is_current(skb: &Skb<'_>, interface: &Interface) -> bool {
-    // SAFETY: the memory is that of some entry of the map until the program ends, and any bytes are a valid entry.
-    let now = unsafe { INTERFACE.get(skb.ifindex().get()) };
-    now.is_some_and(|now| {
-        now.flags == interface.flags
-            && now.policy() == interface.policy()
-            && now.flags & INTERFACE_LEARNS != 0
-    })
+    let Found::Entry(now) = entries::of_interface(skb.ifindex()) else {
+        return false;
+    };
+    now.flags == interface.flags
+        && now.policy() == interface.policy()
+        && now.flags & INTERFACE_LEARNS != 0
 }
 
 /// Calls each function as a global function ([`crate`]).

@@ -11,6 +11,7 @@ use egress_common::{
     verdict::{self, Destination, Translated, Verdict},
 };
 
+use crate::entries;
 use crate::maps::{ALLOW, CIDR, DNS_PORT, LEARNED, LEARNS, NODE_ADDRESS, RANGE, TUNNEL};
 
 /// The rules that apply to a packet.
@@ -123,7 +124,11 @@ extern "C" fn look_up(
     // program ends.
     unsafe {
         let key = AllowKey { addr: *address };
-        if let Some(entry) = ALLOW.get(&policy_id.get()).and_then(|allow| allow.get(key)) {
+        if let Some(entry) = ALLOW
+            .get(&policy_id.get())
+            .and_then(|allow| allow.get(key))
+            .and_then(|value| entries::allowed(value, address))
+        {
             destination.add_learned(
                 entry.classes,
                 entry.internal_classes,
@@ -134,6 +139,7 @@ extern "C" fn look_up(
             && let Some(entry) = LEARNED
                 .get(&policy_id.get())
                 .and_then(|learned| learned.get(key))
+                .and_then(|value| entries::learned(value, address))
         {
             destination.add_learned(
                 entry.classes,

@@ -19,10 +19,11 @@ use crate::{
     DROP, PASS, accepted, checksum,
     counters::count,
     denials::{Denied, deny},
+    entries::{self, Found},
     flows, forged,
     from_pod::is_several_datagrams,
     headers, held, learn,
-    maps::{AGAIN_MARK, BOUNCE_MARK, DELIVER_MARK, INTERFACE, PROBE_MARK},
+    maps::{AGAIN_MARK, BOUNCE_MARK, DELIVER_MARK, PROBE_MARK},
     rules::{may_be_dns_port, range_of},
     skb::{Skb, now_ns},
     unread,
@@ -48,11 +49,15 @@ pub fn judge(ctx: &TcContext) -> i32 {
         ctx.set_mark(0);
         return PASS;
     }
-    // SAFETY: the memory is that of some entry of the map until the program ends, and any bytes are a valid entry. Since
-    // Linux 6.1 it may become another interface's when the agent replaces this one (SECURITY.md).
-    let Some(interface) = (unsafe { INTERFACE.get(skb.ifindex().get()) }) else {
-        return PASS;
+    let interface = match entries::of_interface(skb.ifindex()) {
+        Found::Entry(interface) => interface,
+        Found::Nothing => return PASS,
+        Found::Replaced => {
+            count(|c| c.no_policy += 1);
+            return DROP;
+        }
     };
+    let interface = &interface;
     if interface.mode == MODE_RELEASED || interface.flags & INTERFACE_SETTLING != 0 {
         return PASS;
     }

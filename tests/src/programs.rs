@@ -1,6 +1,10 @@
 //! Runs the programs of a pod's interface on frames, without an interface (`BPF_PROG_TEST_RUN`).
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+};
 
 use egress_agent::datapath::{
     Action, AllowMap, Attach, Datapath, DenialRing, DryRun, FlowMap, HeldRing, Hook, InterfaceMap,
@@ -61,6 +65,15 @@ pub struct Programs {
     policy: Policy,
     pod: Pod,
     lab: Lab,
+}
+
+/// Sets a flag when it is dropped, as when a test fails.
+struct OnDrop<'a>(&'a AtomicBool);
+
+impl Drop for OnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// The outcome of a run.
@@ -205,6 +218,41 @@ impl Programs {
             .expect("the map of interfaces can be written");
     }
 
+    /// Runs `from_pod` `times` times on a frame. Meanwhile the interface's entry is replaced without a pause, and so is that
+    /// of a neighbour's interface, from which everything passes.
+    #[track_caller]
+    pub fn flood_amid_changes(&mut self, frame: &[u8], times: u32) {
+        let neighbour = PodId::new(self.interface.pod().get() + 1);
+        let policy = self.next_policy();
+        let new_pod = NewPod {
+            id: neighbour,
+            namespace: self.pod.namespace(),
+            name: "neighbour",
+            uid: "uid",
+        };
+        make(&mut self.datapath, Some(new_pod), policy, &self.policy);
+        let entries = [
+            (self.ifindex, self.interface),
+            (
+                IfIndex::new(self.ifindex.get() + 1_000_000),
+                Interface::new(neighbour, policy, MODE_AUDIT),
+            ),
+        ];
+        let mut interfaces = self.datapath.interfaces().expect("the map of interfaces");
+        let ends = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !ends.load(Ordering::Relaxed) {
+                    for (ifindex, entry) in entries {
+                        interfaces.set(ifindex, entry).expect("the map of interfaces");
+                    }
+                }
+            });
+            let _ends = OnDrop(&ends);
+            self.flood(Hook::FromPod, [frame.to_vec()].into_iter(), times);
+        });
+    }
+
     /// Inserts an address into the allow map.
     #[track_caller]
     pub fn allow(&mut self, to: impl Into<IpAddr>, classes: ClassSet, expires_ns: u64) {
@@ -238,6 +286,21 @@ impl Programs {
     #[track_caller]
     pub fn rewrite(&self, map: &str, edit: impl FnMut(&[u8], &mut [u8])) {
         self.lab.rewrite(&self.pod, map, edit);
+    }
+
+    /// Changes the values of a map that all pods share ([`Lab::rewrite_shared`]).
+    #[track_caller]
+    pub fn rewrite_shared(&self, map: &str, edit: impl FnMut(&[u8], &mut [u8])) {
+        self.lab.rewrite_shared(map, edit);
+    }
+
+    /// Pins the pod's allow map, so that it can be changed by [`Self::rewrite`].
+    #[track_caller]
+    pub fn pin_allow(&self) {
+        let pins = self.datapath.pins_of(self.pod.namespace(), self.pod.name());
+        self.datapath
+            .pin_allow(self.interface.policy(), &pins)
+            .expect("the pod's allow map");
     }
 
     /// Copies what was noted of the first pod's connections to the other pod that the interface has become.

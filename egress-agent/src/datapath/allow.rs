@@ -4,13 +4,13 @@ use super::LearningMaps;
 use aya::maps::{HashMap, MapData, MapError};
 use egress_common::{
     address::Address,
-    records::{AllowEntry, AllowKey},
+    records::{AllowEntry, AllowKey, AllowValue},
 };
 
 /// Handle on one pod's allow map under one version of its policy, or under several. The gate thread is its only
 /// writer.
 pub struct AllowMap {
-    map: HashMap<MapData, AllowKey, AllowEntry>,
+    map: HashMap<MapData, AllowKey, AllowValue>,
     /// The kernel's number of the map.
     id: u32,
     capacity: usize,
@@ -30,7 +30,7 @@ pub enum AllowError {
 
 impl AllowMap {
     pub(super) fn new(
-        map: HashMap<MapData, AllowKey, AllowEntry>,
+        map: HashMap<MapData, AllowKey, AllowValue>,
         id: u32,
         capacity: usize,
         learning: Option<LearningMaps>,
@@ -70,7 +70,7 @@ impl AllowMap {
     /// [`AllowError::Full`] when the map has no room (or the kernel no memory) for a new address.
     pub fn insert(&mut self, addr: Address, entry: AllowEntry) -> Result<(), AllowError> {
         self.map
-            .insert(AllowKey { addr }, entry, 0)
+            .insert(AllowKey { addr }, AllowValue::new(addr, entry), 0)
             .map_err(|error| match &error {
                 MapError::SyscallError(syscall)
                     if matches!(
@@ -110,7 +110,7 @@ impl AllowMap {
         self.map
             .iter()
             .map(|item| {
-                item.map(|(key, entry)| (key.addr, entry))
+                item.map(|(key, value)| (key.addr, value.entry()))
                     .map_err(AllowError::Kernel)
             })
             .collect()

@@ -4,11 +4,11 @@ use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, MapData, MapError};
 use egress_common::{
     ids::{IfIndex, PodId},
-    records::{Identity, Interface, MODE_RELEASED},
+    records::{Identity, Interface, InterfaceValue, MODE_RELEASED},
 };
 
 /// Handle on the `interfaces` map.
-pub struct InterfaceMap(HashMap<MapData, IfIndex, Interface>);
+pub struct InterfaceMap(HashMap<MapData, IfIndex, InterfaceValue>);
 
 /// A pod that an earlier agent enforced.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,7 +24,7 @@ pub struct Adoptable {
 }
 
 impl InterfaceMap {
-    pub(super) fn new(map: HashMap<MapData, IfIndex, Interface>) -> Self {
+    pub(super) fn new(map: HashMap<MapData, IfIndex, InterfaceValue>) -> Self {
         Self(map)
     }
 
@@ -35,7 +35,7 @@ impl InterfaceMap {
     /// When the map is full or cannot be written.
     pub fn set(&mut self, ifindex: IfIndex, entry: Interface) -> Result<()> {
         self.0
-            .insert(ifindex, entry, 0)
+            .insert(ifindex, InterfaceValue::new(ifindex, entry), 0)
             .with_context(|| format!("cannot put interface {ifindex} into the map `interfaces`"))
     }
 
@@ -65,7 +65,7 @@ impl InterfaceMap {
     /// The interface's entry, if it belongs to this pod.
     fn entry_of(&self, ifindex: IfIndex, pod: PodId) -> Result<Option<Interface>> {
         match self.0.get(&ifindex, 0) {
-            Ok(entry) => Ok((entry.pod() == pod).then_some(entry)),
+            Ok(value) => Ok(Some(value.interface()).filter(|entry| entry.pod() == pod)),
             Err(MapError::KeyNotFound) => Ok(None),
             Err(error) => {
                 Err(error).with_context(|| format!("cannot read {ifindex} in `interfaces`"))
@@ -104,7 +104,7 @@ impl InterfaceMap {
     #[cfg(feature = "test-support")]
     pub fn entry(&self, ifindex: IfIndex) -> Result<Option<Interface>> {
         match self.0.get(&ifindex, 0) {
-            Ok(entry) => Ok(Some(entry)),
+            Ok(value) => Ok(Some(value.interface())),
             Err(MapError::KeyNotFound) => Ok(None),
             Err(error) => {
                 Err(error).with_context(|| format!("cannot read {ifindex} in `interfaces`"))
@@ -120,6 +120,7 @@ impl InterfaceMap {
     pub fn entries(&self) -> Result<Vec<(IfIndex, Interface)>> {
         self.0
             .iter()
+            .map(|item| item.map(|(ifindex, value)| (ifindex, value.interface())))
             .collect::<Result<_, _>>()
             .context("cannot read the map `interfaces`")
     }

@@ -14,7 +14,7 @@ use egress_common::{
     address::Address,
     ids::{IfIndex, PodId, PolicyId},
     limits::FlowLimits,
-    records::{DnsPorts, Forged, Identity, Interface, Meter, Policy, Range, Tunnel, TunnelKey},
+    records::{DnsPorts, Forged, Identity, InterfaceValue, Meter, Policy, Range, Tunnel, TunnelKey},
 };
 
 use super::{
@@ -243,7 +243,7 @@ impl Datapath {
     /// When the pin cannot be opened.
     pub fn interfaces(&self) -> Result<InterfaceMap> {
         let map = open(&self.layout, "interfaces")?;
-        let map: HashMap<MapData, IfIndex, Interface> = HashMap::try_from(Map::HashMap(map))?;
+        let map: HashMap<MapData, IfIndex, InterfaceValue> = HashMap::try_from(Map::HashMap(map))?;
         Ok(InterfaceMap::new(map))
     }
 

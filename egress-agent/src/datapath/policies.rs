@@ -8,7 +8,7 @@ use egress_common::{
     address::Address,
     classes::ClassSet,
     ids::{IfIndex, PodId, PolicyId},
-    records::{AllowEntry, AllowKey, CidrEntry, Forged, Policy},
+    records::{AllowKey, AllowValue, CidrEntry, Forged, Policy},
 };
 
 use super::{
@@ -432,7 +432,7 @@ impl Datapath {
             .info()
             .context("cannot read the kernel's description of an allow map")?
             .id();
-        let map: HashMap<MapData, AllowKey, AllowEntry> = HashMap::try_from(Map::HashMap(allow))?;
+        let map: HashMap<MapData, AllowKey, AllowValue> = HashMap::try_from(Map::HashMap(allow))?;
         let capacity = self.allow_entries as usize;
         Ok(AllowMap::new(map, id, capacity, learning))
     }

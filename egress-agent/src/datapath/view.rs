@@ -8,7 +8,7 @@ use egress_common::{
     address::Address,
     classes::ClassSet,
     ids::PolicyId,
-    records::{AllowEntry, AllowKey, NodeAddress, Policy, RANGE_NODE, Range, Tunnel, TunnelKey},
+    records::{AllowKey, AllowValue, NodeAddress, Policy, RANGE_NODE, Range, Tunnel, TunnelKey},
     translation::embedded_v4,
     verdict::{Destination, Translated},
 };
@@ -127,7 +127,7 @@ impl View {
         };
         let mut expires_ns = None;
         if let Some(allow) = self.outer.get(Outer::Allow(id))? {
-            let allow: HashMap<MapData, AllowKey, AllowEntry> = Map::HashMap(allow).try_into()?;
+            let allow: HashMap<MapData, AllowKey, AllowValue> = Map::HashMap(allow).try_into()?;
             let entry = found(allow.get(&AllowKey { addr: *address }, 0))
                 .context("cannot read an allow map")?;
             if let Some(entry) = entry {

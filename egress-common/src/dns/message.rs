@@ -132,6 +132,7 @@ impl Message {
             internal_classes: ClassSet::EMPTY,
             expires_ns: 0,
             id: 0,
+            addr: UNSPECIFIED,
         },
         addresses: [AddressRecord {
             at: 0,

@@ -119,6 +119,8 @@ pub struct LearnedEntry {
     pub expires_ns: u64,
     /// The [`Decision::id`] of the name that resolved to the address last.
     pub id: u64,
+    /// The key, as in [`super::AllowValue`].
+    pub addr: Address,
 }
 
 /// Record of the ring `learned_notes`: a name has resolved to an address, and the agent does not know it yet.

@@ -6,5 +6,6 @@ mod flows;
 mod fragments;
 mod headers;
 mod openings;
+mod replaced;
 mod sources;
 mod tunnels;

@@ -1,0 +1,87 @@
+//! Copies of entries that may be replaced while a program reads them ([`egress_common::records::InterfaceValue`]).
+
+use core::sync::atomic::{Ordering, compiler_fence};
+
+use egress_common::{
+    address::{self, Address},
+    classes::ClassSet,
+    ids::IfIndex,
+    records::{AllowEntry, AllowValue, Interface, InterfaceValue, LearnedEntry},
+};
+
+use crate::maps::INTERFACE;
+
+/// What the map `interfaces` has about an interface.
+pub enum Found {
+    /// No entry.
+    Nothing,
+    /// The entry.
+    Entry(Interface),
+    /// An entry that was replaced while the program read it.
+    Replaced,
+}
+
+/// The entry of an interface.
+#[inline(always)]
+pub fn of_interface(ifindex: IfIndex) -> Found {
+    // SAFETY: the memory is that of some entry of the map until the program ends, and any bytes are a valid entry.
+    let Some(value) = (unsafe { INTERFACE.get(ifindex.get()) }) else {
+        return Found::Nothing;
+    };
+    let entry = InterfaceValue {
+        pod: copy(&value.pod),
+        policy: copy(&value.policy),
+        mode: copy(&value.mode),
+        flags: copy(&value.flags),
+        ifindex: copy(&value.ifindex),
+    };
+    if entry.ifindex == ifindex.get() {
+        Found::Entry(entry.interface())
+    } else {
+        Found::Replaced
+    }
+}
+
+/// The entry of an address in the allow map, unless it was replaced while the program read it.
+#[inline(always)]
+pub fn allowed(value: &AllowValue, address: &Address) -> Option<AllowEntry> {
+    let entry = AllowEntry {
+        classes: copy_classes(&value.classes),
+        internal_classes: copy_classes(&value.internal_classes),
+        expires_ns: copy(&value.expires_ns),
+    };
+    is_of(&value.addr, address).then_some(entry)
+}
+
+/// The same for an entry of the map `learned`.
+#[inline(always)]
+pub fn learned(value: &LearnedEntry, address: &Address) -> Option<AllowEntry> {
+    let entry = AllowEntry {
+        classes: copy_classes(&value.classes),
+        internal_classes: copy_classes(&value.internal_classes),
+        expires_ns: copy(&value.expires_ns),
+    };
+    is_of(&value.addr, address).then_some(entry)
+}
+
+/// Whether the key that an entry repeats is this address. It is read after the fields that are read before this.
+#[inline(always)]
+pub fn is_of(key: &Address, address: &Address) -> bool {
+    compiler_fence(Ordering::SeqCst);
+    address::same(key, address)
+}
+
+#[inline(always)]
+fn copy_classes(classes: &ClassSet) -> ClassSet {
+    let [low, high] = &classes.words;
+    ClassSet {
+        words: [copy(low), copy(high)],
+    }
+}
+
+/// A copy of a field, which the compiler moves neither before nor after the copies of others.
+#[inline(always)]
+fn copy<T: Copy>(field: &T) -> T {
+    // SAFETY: the memory is that of some entry of the map until the program ends, and any bytes are a valid field.
+    unsafe { core::ptr::from_ref(field).read_volatile() }
+}
