@@ -244,7 +244,9 @@ impl Programs {
             scope.spawn(|| {
                 while !ends.load(Ordering::Relaxed) {
                     for (ifindex, entry) in entries {
-                        interfaces.set(ifindex, entry).expect("the map of interfaces");
+                        interfaces
+                            .set(ifindex, entry)
+                            .expect("the map of interfaces");
                     }
                 }
             });

@@ -14,7 +14,9 @@ use egress_common::{
     address::Address,
     ids::{IfIndex, PodId, PolicyId},
     limits::FlowLimits,
-    records::{DnsPorts, Forged, Identity, InterfaceValue, Meter, Policy, Range, Tunnel, TunnelKey},
+    records::{
+        DnsPorts, Forged, Identity, InterfaceValue, Meter, Policy, Range, Tunnel, TunnelKey,
+    },
 };
 
 use super::{
