@@ -109,6 +109,13 @@ const PROGRAMS: [Program; 20] = [
         services: &["kres-cache-gc.service"],
     },
     Program {
+        name: "pdns_recursor",
+        packages: &["pdns-recursor"],
+        purpose: "a resolver for the tests",
+        needed_for: Purpose::Test,
+        services: &["pdns-recursor.service"],
+    },
+    Program {
         name: "dnsmasq",
         packages: &["dnsmasq-base"],
         purpose: "a resolver to compare with",

@@ -120,6 +120,8 @@ impl DnsSocket {
                 }
                 // An ICMP error about an earlier datagram: the response may still arrive.
                 Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => (),
+                // A socket with a time-out does not go on by itself after a signal (signal(7)).
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => (),
                 Err(_) => return None,
             }
         }

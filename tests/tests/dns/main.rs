@@ -11,6 +11,7 @@ mod guard;
 mod hostile_answers;
 mod hostile_tcp;
 mod internal_answers;
+mod kernel_and_agent;
 mod learned_in_kernel;
 mod lifetimes;
 mod lossy_link;
