@@ -27,3 +27,4 @@ mod silent_programs;
 mod slow_receivers;
 mod tcp_goes_on;
 mod translated_addresses;
+mod under_load;
