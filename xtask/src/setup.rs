@@ -56,7 +56,7 @@ pub(crate) struct Program {
     pub(crate) services: &'static [&'static str],
 }
 
-const PROGRAMS: [Program; 20] = [
+const PROGRAMS: [Program; 21] = [
     Program {
         name: "ip",
         packages: &["iproute2"],
