@@ -40,7 +40,7 @@ pub(in crate::control) fn of_parts(
     hasher.finalize().into()
 }
 
-/// The sets whose names are in the pod's entries, perhaps with others whose names these begin with.
+/// The sets that the pod's entries name. Sets whose names are prefixes of those may be among them.
 pub(in crate::control) fn used_sets_of(pod: &Pod) -> BTreeMap<&String, &Vec<String>> {
     let annotations = pod.annotations.values();
     used_sets(
@@ -49,7 +49,7 @@ pub(in crate::control) fn used_sets_of(pod: &Pod) -> BTreeMap<&String, &Vec<Stri
     )
 }
 
-/// The sets whose names are in these annotations and objects, perhaps with others whose names these begin with.
+/// The sets that these annotations and objects name. Sets whose names are prefixes of those may be among them.
 pub(in crate::control) fn used_sets<'a>(
     annotations: impl Iterator<Item = &'a String>,
     objects: &'a Objects,
@@ -67,7 +67,7 @@ pub(in crate::control) fn used_sets<'a>(
     let texts = annotations
         .chain(of_policies)
         .chain(rules.flat_map(|rule| &rule.entries));
-    // A look at each set would take longer with each of them.
+    // Searching the texts for each set would take time in proportion to the number of sets.
     let after_signs = texts.flat_map(|text| text.match_indices('@').map(|(at, _)| &text[at + 1..]));
     let is_of_name = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.';
     let names = after_signs.flat_map(|rest| {
@@ -86,7 +86,7 @@ pub(in crate::control) fn of_annotations(
 ) -> [u8; 32] {
     let mut hasher = Sha256::new();
     for annotations in [own, namespace] {
-        // With the lengths, the same bytes divided otherwise have another digest.
+        // The lengths make sure that the same bytes divided differently have another digest.
         hasher.update((annotations.len() as u64).to_be_bytes());
         for text in annotations.iter().flat_map(|(key, value)| [key, value]) {
             hasher.update((text.len() as u64).to_be_bytes());

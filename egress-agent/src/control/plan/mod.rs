@@ -1,7 +1,8 @@
 //! Step 2: decides what is to be done.
 //!
-//! [`plan`] compares the pods that there are with what is enforced. It neither reads nor changes anything, so its rules are
-//! tested without a kernel (`rules.rs`, `rules_of_pods.rs`), and checked over random histories of a node (`properties.rs`).
+//! [`plan`] compares the pods that there are with what is enforced. It neither reads nor changes anything, so its rules
+//! are tested without a kernel (`plan_tests.rs`, `pod_tests.rs`), and checked over random histories of a node
+//! (`property_tests.rs`).
 //!
 //! The actions are in the order in which they are done:
 //!
@@ -19,13 +20,13 @@
 //! 9. **Remove** retired pods, and state in the kernel that no pod claims.
 
 mod own_addresses;
+#[cfg(test)]
+mod plan_tests;
 mod pod;
 #[cfg(test)]
-mod properties;
+mod pod_tests;
 #[cfg(test)]
-mod rules;
-#[cfg(test)]
-mod rules_of_pods;
+mod property_tests;
 #[cfg(test)]
 pub(in crate::control) mod scene;
 mod targets;
@@ -127,7 +128,7 @@ pub(in crate::control) enum Before {
     NoteNow,
 }
 
-/// What is to be done with these pods. `now` is the time.
+/// Plans what is to be done with these pods. `now` is the time.
 pub(in crate::control) fn plan(observed: &Observed<'_>, settings: &Settings, now: Instant) -> Plan {
     let mut plan = Plan::default();
     let targets = Targets::decide(observed, settings, &mut plan);

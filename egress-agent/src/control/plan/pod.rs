@@ -29,12 +29,14 @@ pub(super) enum Decision {
     Enforce(Arc<Wanted>, Option<String>),
     /// Do not enforce it, for now or for good; the text says why where somebody should know.
     Free(Option<String>),
-    /// Keep what is in force, because what should be cannot be found out; the text says why where somebody should
-    /// know.
+    /// Keep what is in force, because what should be in force cannot be found out; the text says why, where somebody
+    /// should know.
     Keep(Option<String>),
-    /// Keep what an earlier agent left in force, because what should be cannot be found out; the text says why.
+    /// Keep what an earlier agent left in force, because what should be in force cannot be found out; the text says
+    /// why.
     KeepLeft(String),
-    /// Nobody can be enforced on its interfaces because others are; the text says who. None of them is released.
+    /// Enforce nobody on its interfaces, because others are enforced there; the text says who. None of them is
+    /// released.
     Refuse(String),
     /// Keep the pod on its earlier interfaces, because it cannot be found any more. The text says why. It becomes a
     /// problem only if that lasts: every pod ends like this. The pod gets this version there; without one, its present
@@ -160,7 +162,7 @@ pub(super) fn decide(
     let (own, not_own) = own_addresses(settings, owners, subject, pod, location);
     notes.extend(not_own);
     let on_deny = if subject.is_interface() {
-        // The program that runs there is to try again, not to give up.
+        // The program in the pod should try again instead of giving up.
         OnDeny::Drop
     } else {
         settings.config.on_deny
@@ -244,7 +246,7 @@ fn already_anothers(
     }
 }
 
-/// What becomes of a pod's traffic under a closed policy in this mode.
+/// What happens to a pod's traffic under a closed policy in this mode.
 fn follows(mode: Mode) -> &'static str {
     match mode {
         Mode::Enforce => "everything external is denied",

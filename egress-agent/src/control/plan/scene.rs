@@ -1,4 +1,4 @@
-//! A node out of plain values, for tests of plans.
+//! A simulated node, for tests of plans.
 
 use std::{
     borrow::Cow,
@@ -17,7 +17,7 @@ use super::{Action, Before, Plan, plan, wanted::Wanted};
 use crate::{
     config::Config,
     control::{
-        inherited::Inherited,
+        inherited_ranges::Inherited,
         observe::{
             InForce, Observed, ObservedPod,
             locations::{Location, PodLocation},
@@ -371,8 +371,8 @@ fn annotations_of(annotations: &[(&str, &str)]) -> BTreeMap<String, String> {
         .collect()
 }
 
-/// An action in a few words, for comparisons.
-pub(super) fn told(plan: &Plan) -> Vec<String> {
+/// The actions of a plan, each in a few words.
+pub(super) fn summary(plan: &Plan) -> Vec<String> {
     let name = |subject: &Subject| subject.fields().1.to_owned();
     let actions = plan.actions.iter().map(|action| match action {
         Action::Release(subjects) => {

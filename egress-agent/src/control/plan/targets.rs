@@ -1,4 +1,4 @@
-//! What should become of each pod.
+//! The decision about each pod of the source.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -21,7 +21,7 @@ use crate::{
     report::Subject,
 };
 
-/// What should become of each pod.
+/// The decisions about all pods.
 pub(super) struct Targets<'a> {
     /// What is enforced, without `gone`.
     pub(super) enforced: BTreeMap<&'a Subject, &'a InForce>,

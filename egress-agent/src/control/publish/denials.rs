@@ -1,4 +1,4 @@
-//! Making denial lines out of the kernel's denial records.
+//! Writing denial lines from the kernel's denial records.
 
 use std::{
     collections::HashMap,
@@ -150,7 +150,7 @@ impl Reader {
                 return;
             }
             let mut fds = [PollFd::new(self.ring.as_fd(), PollFlags::POLLIN)];
-            // An interrupted wait is as good as one that ended.
+            // An interrupted wait counts as one that has ended.
             let _ = poll(&mut fds, PollTimeout::from(PATIENCE_MS));
         }
     }
@@ -252,7 +252,7 @@ impl Losses {
         }
     }
 
-    /// Takes note of the pods in the kernel. An adopted pod begins with the losses that an earlier agent did not log.
+    /// Adds new pods in the kernel. An adopted pod begins with the losses that an earlier agent did not log.
     fn meet(&mut self, known: &PodsById) {
         for (&id, pod) in known {
             self.pods

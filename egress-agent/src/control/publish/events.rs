@@ -1,4 +1,4 @@
-//! Events on pods, which tell people in the cluster what the log and the denial lines say.
+//! Kubernetes Events on pods, which show people in the cluster what the log and the denial lines say.
 
 use super::problems::Problems;
 use crate::{

@@ -1,4 +1,4 @@
-//! What is wrong now, and telling people of what has changed since the last reconcile.
+//! The current problems, and logging how they changed since the last reconcile.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -54,7 +54,7 @@ impl Problems {
         known.push_str(what);
     }
 
-    /// These and others.
+    /// These problems and others.
     pub(in crate::control) fn and(mut self, others: Self) -> Self {
         self.0.extend(others.0);
         self
@@ -70,12 +70,12 @@ impl Problems {
         self.0.get(about)
     }
 
-    /// All of them.
+    /// All problems.
     pub(in crate::control) fn iter(&self) -> impl Iterator<Item = (&About, &String)> {
         self.0.iter()
     }
 
-    /// Logs what is new compared with the last reconcile's problems, and what is no longer wrong.
+    /// Logs the problems that are new since the last reconcile, and those that are gone.
     pub(in crate::control) fn log_changes(&self, before: &Self) {
         for (about, what) in &self.0 {
             if before.0.get(about) != Some(what) {

@@ -1,4 +1,4 @@
-//! What `status`, `explain` and the metrics answer with.
+//! The status snapshot, from which `status`, `explain` and the metrics are answered.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -23,7 +23,7 @@ use egress_policy::Mode;
 const CONFIGURED: &str = "configuration (dns.resolvers)";
 const INHERITED: &str = "an earlier agent, until the API server has named all resolvers";
 
-/// Starts answering questions about the agent.
+/// Starts answering requests about the agent.
 ///
 /// # Errors
 ///
@@ -52,7 +52,7 @@ pub(in crate::control) fn serve(
 }
 
 impl Publisher {
-    /// The node as it is now.
+    /// The node's current state.
     pub(super) fn node(
         &self,
         observed: &Observed<'_>,

@@ -60,7 +60,7 @@ pub(super) struct AppliedPolicies {
 }
 
 impl AppliedPolicies {
-    /// Takes note of what a reconcile has left. A reconcile that changed nothing costs a few comparisons for each pod.
+    /// Records the result of a reconcile. A reconcile that changed nothing costs a few comparisons for each pod.
     pub(super) fn note<'a>(
         &mut self,
         policies: &Arc<PolicyObjects>,
@@ -178,7 +178,7 @@ impl Known {
         }
     }
 
-    /// Whether nothing has changed. Other objects always make another policy in memory.
+    /// Whether nothing has changed. Other objects always compile to another policy in memory.
     fn is(&self, pod: &PodInForce<'_>) -> bool {
         let is_same_in_kernel = match (&self.in_kernel, pod.in_kernel) {
             (Some(known), Some(now)) => Arc::ptr_eq(known, now),
@@ -201,5 +201,5 @@ fn names(objects: &Objects) -> impl Iterator<Item = &Arc<ObjectName>> {
 }
 
 #[cfg(test)]
-#[path = "applied_tests.rs"]
+#[path = "applied_policies_tests.rs"]
 mod tests;
