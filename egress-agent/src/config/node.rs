@@ -52,12 +52,12 @@ impl Word for Nodes {
     const WORDS: &'static [(&'static str, Self)] = &[("all", Self::All), ("own", Self::Own)];
 }
 
-/// What becomes of an interface whose pod is not known yet.
+/// How an interface is treated whose pod is not known yet.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Quarantine {
     /// Whether it is closed to the outside.
-    #[serde(deserialize_with = "read::truth")]
+    #[serde(deserialize_with = "read::boolean")]
     pub enabled: bool,
     /// Patterns (`*` stands for any text) of interfaces that do not belong to pods. They are compared with the
     /// interface's name and with the name of the bridge it is in.

@@ -67,14 +67,14 @@ impl Table {
         now_ns: u64,
     ) -> Result<Self, AllowError> {
         let mut carry = CarryOver::begin(self, rules, alike, allow, now_ns)?;
-        while !carry.go_on(self, rules, allow, now_ns, usize::MAX)? {}
+        while !carry.carry_part(self, rules, allow, now_ns, usize::MAX)? {}
         Ok(carry.next)
     }
 }
 
 impl CarryOver {
-    /// Begins to carry over to a version with these rules what the table `before` has. The table must stay as it is
-    /// until the end.
+    /// Begins to carry the contents of the table `before` over to a version with these rules. The table must not
+    /// change until the end.
     ///
     /// `alike` means that the rules give the same to each name as the earlier ones. Entries of an earlier agent whose
     /// names were not kept are then carried over, too.
@@ -115,7 +115,7 @@ impl CarryOver {
     /// # Errors
     ///
     /// When the map cannot be written.
-    pub(super) fn go_on(
+    pub(super) fn carry_part(
         &mut self,
         before: &mut Table,
         rules: &NameRules,

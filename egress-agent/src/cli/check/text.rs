@@ -35,8 +35,8 @@ impl Style {
     }
 }
 
-/// What is wrong, for standard error: a line for each problem; below it the line of the annotation, with carets under
-/// what is wrong.
+/// The problems, for standard error: one on each line, and below it the line of the annotation, with carets under the
+/// invalid text.
 pub(super) fn problems(report: &Report, style: Style) -> String {
     let mut text = String::new();
     for finding in &report.findings {

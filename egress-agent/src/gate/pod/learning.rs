@@ -105,14 +105,14 @@ impl Enforcement {
         Some((question, query.time_ns))
     }
 
-    /// When an address expires that the programs have learned, and the [`id_of`] the name by which.
+    /// When an address expires that the programs have learned, and the [`id_of`] the name by which they learned it.
     pub(in super::super) fn learned_until(&mut self, address: Address) -> Option<(u64, u64)> {
         let entry = self.allow.learning()?.learned(address).ok()??;
         Some((entry.expires_ns, entry.id))
     }
 }
 
-/// By which a name is found again in what the programs have learned.
+/// The id that stands for a name in the entries that the programs have learned.
 pub(in super::super) fn id_of(name: &Name) -> u64 {
     let mut hasher = DefaultHasher::new();
     name.hash(&mut hasher);
@@ -214,7 +214,7 @@ impl Pod {
         })
     }
 
-    /// Learns what the programs have learned.
+    /// Adds to the table an address that the programs have learned.
     pub(in super::super) fn note_learned(&mut self, note: &LearnedNote, context: &DecisionContext) {
         // A program has found the entry of its interface changed after it wrote this, and left the response to the agent.
         if self.is_changing() {
@@ -268,7 +268,7 @@ impl Pod {
         }
     }
 
-    /// Whether the programs were stopped from learning for something that did not come about.
+    /// Whether the programs were stopped from learning for a change that then did not happen.
     pub(in super::super) fn has_stopped_learning(&self) -> bool {
         !self.is_changing() && !self.enforcement.learns() && self.enforcement.can_learn()
     }
@@ -281,7 +281,7 @@ impl Pod {
                 || now_ns.saturating_sub(self.cleaned_ns) > RESPONSE_TIMEOUT_NS)
     }
 
-    /// Removes expired addresses, unanswered queries, and, if there was no room for another one, all decisions. The
+    /// Removes expired addresses and unanswered queries, and all decisions if there was no room for another one. The
     /// programs have been stopped from learning.
     ///
     /// # Errors

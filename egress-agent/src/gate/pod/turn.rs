@@ -20,7 +20,7 @@ impl Pod {
         interfaces: &mut InterfaceMap,
         frame_sender: &mut FrameSender,
     ) -> anyhow::Result<()> {
-        self.break_change_off();
+        self.cancel_change();
         self.enforcement.entry = judged.in_entry(self.enforcement.entry);
         self.enforcement.start_learning();
         self.enforcement.write_interfaces(interfaces, frame_sender)

@@ -74,7 +74,7 @@ impl Notes {
         if let Some(times) = self.failures.due(now_ns) {
             tracing::error!(
                 times,
-                "cannot show the programs that the agent runs: DNS of pods goes on as without it"
+                "cannot show the programs that the agent runs: they treat DNS as if no agent ran"
             );
         }
     }
@@ -93,7 +93,7 @@ impl Runner {
         {
             tracing::error!(%error, "the programs keep outdated decisions about names");
         }
-        // Until then, pods are missing of which an earlier agent's programs have left notes.
+        // Until then, pods may be missing for which an earlier agent's programs have left notes.
         if self.reading_since_ns.is_none() {
             return;
         }
@@ -122,7 +122,7 @@ impl Runner {
         Ok(())
     }
 
-    /// Removes what the programs no longer need, for the pods whose time it is.
+    /// Removes entries that the programs no longer need, for the pods that are due.
     pub(in super::super) fn clean_learned(&mut self, now_ns: u64) {
         let due: Vec<PodId> = self
             .pods

@@ -46,7 +46,7 @@ pub(super) struct Shared {
     pub(super) connection: Arc<Connection>,
     pub(super) health: Arc<Health>,
     pub(super) state: Arc<Mutex<State>>,
-    /// What the definitions of policy kinds say.
+    /// The signals about the definitions of policy kinds.
     pub(super) definitions: watch::Sender<Signals>,
     /// Whether rules need the pods of the cluster.
     pub(super) peers_needed: watch::Sender<bool>,

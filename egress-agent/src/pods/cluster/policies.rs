@@ -248,12 +248,12 @@ impl Policies {
         })
     }
 
-    /// Lets rules have the pods that are known now.
+    /// Resolves rules with the pods that are known now.
     pub(super) fn renew_peers(&mut self) {
         self.peers_revision = self.peer_pods.revision();
     }
 
-    /// Notes which definitions there are, and tells in `signals` what the tasks that follow kinds must do. While a
+    /// Records which definitions exist, and tells in `signals` what the tasks that follow kinds must do. While a
     /// definition is being deleted, and after that, the kind's objects stay as they are: the API server deletes every
     /// object of a kind before it deletes the definition.
     pub(super) fn note_definitions(&mut self, signals: &mut Signals) {

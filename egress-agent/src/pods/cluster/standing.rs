@@ -1,4 +1,5 @@
-//! Whether a start waits for a kind of policy objects, and what an API server that does not list them says.
+//! What is known of each kind of policy objects: listed, awaited, absent or unlisted. A start waits for a kind that
+//! is awaited.
 //!
 //! A server that restarts refuses requests for a moment (403), or does not know a kind yet that it has (404). Only the
 //! definitions tell that a kind does not exist.
