@@ -78,7 +78,7 @@ pub const fn is_record(key: &FlowKey) -> bool {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn forget_opened(pod: u32, key: *const FlowKey, place: u32) -> u32 {
-    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
+    // SAFETY: the pointer is null or points to the caller's memory; the verifier has checked this.
     let Some(key) = (unsafe { key.as_ref() }) else {
         return 0;
     };

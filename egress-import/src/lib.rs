@@ -40,7 +40,7 @@ pub struct Options {
     pub namespace: Option<String>,
 }
 
-/// What was made of the files.
+/// The result of an import.
 #[derive(Clone, Debug, Default)]
 pub struct Imported {
     /// The objects, as YAML with comments.
@@ -49,7 +49,7 @@ pub struct Imported {
     pub objects: usize,
     /// What was left out or refused.
     pub findings: Vec<Finding>,
-    /// What could not be read.
+    /// Files and objects that could not be read.
     pub problems: Vec<Problem>,
 }
 
@@ -62,7 +62,7 @@ pub struct Finding {
     pub source: String,
     /// Whether it was left out or refused.
     pub severity: Severity,
-    /// What it is, and why.
+    /// What was left out or refused, and why.
     pub text: String,
 }
 

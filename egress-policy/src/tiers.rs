@@ -13,7 +13,7 @@ use super::{
     sets::Sets,
 };
 
-/// What becomes of packets that match an ordered rule.
+/// What happens to packets that match an ordered rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Effect {
     pub(super) action: TierAction,

@@ -1,4 +1,4 @@
-//! Finds the policies that may select a pod without a look at the others.
+//! Finds the policies that may select a pod without examining all others.
 //!
 //! A policy is filed under something that a pod must have to be selected by it: a label with its value, or else the
 //! pod's namespace.

@@ -67,7 +67,7 @@ struct World<'a> {
     settings: &'a Settings,
 }
 
-/// What becomes of a packet.
+/// The verdict on a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
     Passes,
@@ -467,7 +467,7 @@ proptest! {
     }
 
     #[test]
-    fn a_pod_that_is_not_known_reaches_nothing_that_it_does_not_reach_when_it_is(
+    fn a_pod_that_is_not_known_reaches_no_more_than_when_it_is_known(
         policies in prop::collection::vec((ordered(), any::<bool>(), any::<bool>()), 1..4),
         packets in prop::collection::vec(packet(), 16),
         allow_internal: bool,

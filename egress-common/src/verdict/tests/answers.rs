@@ -35,7 +35,7 @@ fn a_denial_of_connections_spares_answers_and_no_other_denial_does() {
 }
 
 #[test]
-fn an_exception_that_opens_nothing_lets_no_answer_pass() {
+fn an_exception_that_opens_nothing_lets_no_reply_pass() {
     let policy = tiers();
     let denied = Verdict::Deny {
         reason: Reason::DenyRule,
