@@ -10,7 +10,7 @@ use boon::{Compiler, Schemas};
 use egress_tests::workspace;
 use serde_json::{Value, json};
 
-use crate::said::Said;
+use crate::command_output::CommandOutput;
 
 /// A workload of each kind in namespace `shop`, whose pods have the label `app: web`. `ANNOTATIONS` is replaced.
 const DEPLOYMENT: &str = "\
@@ -68,12 +68,12 @@ spec:
 ";
 
 #[track_caller]
-fn check_in(directory: &Path, arguments: &[&str], input: &str) -> Said {
-    Said::of("check", directory, arguments, input)
+fn check_in(directory: &Path, arguments: &[&str], input: &str) -> CommandOutput {
+    CommandOutput::of("check", directory, arguments, input)
 }
 
 #[track_caller]
-fn check(arguments: &[&str], input: &str) -> Said {
+fn check(arguments: &[&str], input: &str) -> CommandOutput {
     check_in(Path::new("/"), arguments, input)
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::said::Said;
+use crate::command_output::CommandOutput;
 
 const CILIUM: &str = "\
 apiVersion: cilium.io/v2
@@ -16,8 +16,8 @@ spec:
 ";
 
 #[track_caller]
-fn import(arguments: &[&str], input: &str) -> Said {
-    Said::of("import", Path::new("/"), arguments, input)
+fn import(arguments: &[&str], input: &str) -> CommandOutput {
+    CommandOutput::of("import", Path::new("/"), arguments, input)
 }
 
 #[test]
