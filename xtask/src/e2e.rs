@@ -1,6 +1,6 @@
 //! `cargo xtask e2e`: the image, the manifests and the agent in a real cluster, on this machine.
 //!
-//! tests/e2e/node puts up the cluster and takes it down; here is what it needs.
+//! tests/e2e/node creates the cluster and removes it; this module provides what that needs.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -11,10 +11,10 @@ use crate::leftovers::Inventory;
 use crate::setup::{self, Program, Purpose, kubernetes};
 use crate::{image, process, workspace};
 
-/// The oldest version of Kubernetes that knows all that the manifests say.
+/// The oldest version of Kubernetes that knows every field of the manifests.
 const FOR_ALL_OF_THE_MANIFESTS: (u32, u32) = (1, 30);
 
-/// What this needs besides what everything needs.
+/// The programs that this command needs besides those of the others.
 const PROGRAMS: [Program; 7] = [
     Program {
         name: "containerd",
@@ -105,7 +105,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         node.args(["--overlays", "--network-policy-api"]);
         node.args(["--reboot", "\"$NODE\" --reboot"]);
         if kubernetes.version < FOR_ALL_OF_THE_MANIFESTS {
-            // The API server leaves out what it does not know.
+            // The API server leaves out fields that it does not know.
             node.arg("--no-validation");
         }
     } else {
