@@ -1,4 +1,4 @@
-//! Policy objects in the form in which they are evaluated: whom they select, and what they say.
+//! Policy objects in the form in which they are evaluated: the pods that they select, and their rules.
 //!
 //! A part that cannot be read makes the policy stricter, never looser, and only for the pods that it may select:
 //!
@@ -36,7 +36,7 @@ pub struct Policy {
     pub name: Arc<ObjectName>,
     /// The pods that it selects.
     pub subject: Arc<PolicySubject>,
-    /// What it says about them.
+    /// Its rules for them.
     pub body: Body,
     /// What could not be read, or does not count.
     pub problems: Vec<String>,
@@ -44,7 +44,7 @@ pub struct Policy {
     pub is_complete: bool,
 }
 
-/// What a policy says.
+/// The rules of a policy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Body {
     /// Lists that count as the namespace's word.

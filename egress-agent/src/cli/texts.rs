@@ -1,6 +1,6 @@
 //! The texts of files that a command is given.
 //!
-//! What is read is bounded, so that a mistyped path, such as a device or a whole file system, ends with an error.
+//! The input is bounded, so that a mistyped path, such as a device or a whole file system, ends with an error.
 
 use std::{
     fs::{self, File},

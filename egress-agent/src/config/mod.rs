@@ -98,7 +98,7 @@ pub struct Config {
     pub node: String,
     /// Mode of pods without annotations.
     pub default_mode: Mode,
-    /// What a pod's own annotations may do.
+    /// The power of a pod's own annotations.
     pub pod_annotations: PodAnnotations,
     /// Kinds of addresses.
     pub ranges: Ranges,

@@ -1,4 +1,4 @@
-//! What the configuration says about the cluster and the machine.
+//! The settings for the cluster and the machine.
 
 use std::{net::SocketAddr, path::PathBuf};
 
@@ -9,7 +9,7 @@ use super::{
     written::value,
 };
 
-/// The Unix socket of an agent that is not told another one.
+/// The Unix socket, unless the configuration names another one.
 pub const DEFAULT_SOCKET: &str = "/run/egress-agent/agent.sock";
 
 /// Names of interfaces, or of the bridges they are in, that do not belong to pods: those of Docker, libvirt, LXD

@@ -11,7 +11,7 @@ use egress_policy::objects::Objects;
 /// Longest name of an `EgressSet` (an RFC 1123 subdomain).
 const SET_NAME_MAX: usize = 253;
 
-/// The digest of what a pod's policy is compiled from, as [`of_parts`] makes it.
+/// The digest of the inputs of a pod's policy, as [`of_parts`] makes it.
 pub(in crate::control) fn of_pod(pod: &Pod) -> [u8; 32] {
     of_parts(&pod.annotations, &pod.namespace_annotations, &pod.objects)
 }
@@ -96,7 +96,7 @@ pub(in crate::control) fn of_annotations(
     hasher.finalize().into()
 }
 
-/// The fingerprint of what the kernel's maps `ranges` and `tunnels` say under this configuration. Resolvers are
+/// The fingerprint of the kernel's maps `ranges` and `tunnels` under this configuration. Resolvers are
 /// left out: DNS is held before flows are looked at, so flows need not be judged again because of them.
 pub(in crate::control) fn of_ranges(config: &Config) -> u64 {
     let mut tunnels = config.tunnels();

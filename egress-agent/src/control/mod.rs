@@ -2,7 +2,7 @@
 //! other the kernel and the gate.
 //!
 //! Whatever happens (a manifest changes, an interface appears, a second passes) leads to the same
-//! [reconcile](reconcile::Reconciler::reconcile). It looks at everything and takes four steps:
+//! [reconcile](reconcile::Reconciler::reconcile), which takes four steps:
 //!
 //! ```text
 //!  source of pods ─┐
@@ -16,11 +16,11 @@
 //! | [`observe`] | reads the pods, where they are, and what their annotations mean |
 //! | [`plan`] | decides what is to be done; a pure function |
 //! | [`apply`] | does it; only this step changes the kernel and asks the gate |
-//! | [`publish`] | tells people and the other threads |
+//! | [`publish`] | publishes the result to people and to the other threads |
 //! | [`start`], [`stop`] | what comes before the first reconcile, and after the last |
 //! | [`pace`] | limits how often events start a reconcile |
-//! | [`settings`], [`reload`] | what the operator and the cluster say, and taking on other settings |
-//! | [`inherited_ranges`] | ranges and resolvers that stay in force until the cluster has said everything |
+//! | [`settings`], [`reload`] | the settings of the operator and of the cluster, and changing them |
+//! | [`inherited_ranges`] | ranges and resolvers that stay in force until the cluster has reported its own |
 //! | [`state_dir`] | files that one agent leaves to the next |
 //!
 //! Events are hints: losing one delays a change until the next second.

@@ -1,5 +1,5 @@
-//! Carries what a pod has learned over to a new version of its policy, a part at a time: a pod may have learned very
-//! many addresses, and the gate has other pods to serve meanwhile.
+//! Carries the addresses that a pod has learned over to a new version of its policy, a part at a time: a pod may have
+//! learned very many addresses, and the gate has other pods to serve meanwhile.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -34,7 +34,8 @@ pub(super) struct CarryOver {
     nameless: usize,
 }
 
-/// What the rules of a policy give to names, each name looked up once: many addresses may have the same names.
+/// The classes that the rules of a policy give to names, each name looked up once: many addresses may have the same
+/// names.
 #[derive(Default)]
 struct Grants(HashMap<Arc<Name>, Grant>);
 
@@ -247,7 +248,7 @@ fn fitting(
         .filter(|answered| answered.expires_ns > now_ns)
         .map(|answered| answered.address)
         .collect();
-    // All other cases need a look at each address.
+    // All other cases require a check of each address.
     if before.addresses.len() + unlisted.len() <= allow.capacity() {
         return Ok(None);
     }

@@ -167,7 +167,8 @@ impl FrameSender {
         self.senders.have_lost_one()
     }
 
-    /// Queues a frame for the pod on one of its interfaces. It is not sent if the interface is another pod's. The caller may change the returned bytes, which will be sent.
+    /// Queues a frame for the pod on one of its interfaces. It is not sent if the interface is another pod's. The
+    /// caller may change the returned bytes, which will be sent.
     pub(super) fn deliver(&mut self, (ifindex, pod): (IfIndex, PodId), frame: &[u8]) -> &mut [u8] {
         self.decided += 1;
         self.add(ifindex, Some(pod), self.marks.deliver, frame)
@@ -185,8 +186,8 @@ impl FrameSender {
         self.add(ifindex, None, self.marks.again, frame);
     }
 
-    /// Queues a query of the pod whose name is decided now: `from_pod` judges it again and lets it pass. Returns the frame
-    /// in the queue.
+    /// Queues a query of the pod whose name is decided now: `from_pod` judges it again and lets it pass. Returns the
+    /// frame in the queue.
     pub(super) fn ask_again(
         &mut self,
         (ifindex, pod): (IfIndex, PodId),

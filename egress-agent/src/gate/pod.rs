@@ -80,7 +80,7 @@ pub(super) struct Pod {
     tallies: Tallies,
     /// The names that the programs know as decided.
     decided: DecidedNames,
-    /// When expired addresses were last removed from what the programs have learned.
+    /// When expired addresses were last removed from those that the programs have learned.
     cleaned_ns: u64,
 }
 
@@ -168,7 +168,7 @@ impl Pod {
     /// The periodic work.
     pub(super) fn tick(&mut self, shared: &mut Shared, now_ns: u64) {
         self.pending.sweep(now_ns);
-        // What is being carried over stays as it is. The programs look at the lifetimes themselves.
+        // Entries that are being carried over must not change. The programs look at the lifetimes themselves.
         if !self.is_changing()
             && let Err(error) = self.learned.expire(&mut self.enforcement, now_ns)
         {

@@ -108,7 +108,8 @@ impl<'a> DecidedBy<'a> {
     }
 }
 
-/// Whether a packet is denied for this reason because the pod is closed and no entry that can be read allows the packet.
+/// Whether a packet is denied for this reason because the pod is closed and no entry that can be read allows the
+/// packet.
 pub fn is_for_lack_of_an_entry(reason: Reason) -> bool {
     matches!(
         reason,

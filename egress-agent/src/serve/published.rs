@@ -44,7 +44,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// How many namespaces without pods keep their denial counters.
 const NAMESPACES: usize = 1000;
 
-/// What a policy was compiled from.
+/// The inputs of a policy.
 #[derive(Debug, Default)]
 pub struct Written {
     /// The pod's own.
@@ -308,8 +308,8 @@ impl Published {
         });
     }
 
-    /// Whether a pod still has this version of its policy. The maps of an earlier one are removed once a later one is in
-    /// force.
+    /// Whether a pod still has this version of its policy. The maps of an earlier one are removed once a later one is
+    /// in force.
     pub fn is_in_force(&self, version: &Attached) -> bool {
         let pods = self.pods();
         let now = pods.get(&version.pod).and_then(|pod| pod.attached.as_ref());

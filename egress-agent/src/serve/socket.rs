@@ -78,7 +78,7 @@ async fn answer(mut stream: UnixStream, sources: &Sources) -> io::Result<()> {
     write_response(&mut stream, &response.unwrap_or_else(Response::Error)).await
 }
 
-/// Reads a client's request, or returns what is wrong with it.
+/// Reads a client's request. Returns the mistake if it cannot be read.
 pub(super) async fn read_request(stream: &mut UnixStream) -> io::Result<Result<Request, String>> {
     let mut line = Vec::new();
     let mut reading = BufReader::new(stream).take(REQUEST_MAX as u64);

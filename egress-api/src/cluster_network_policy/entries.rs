@@ -21,7 +21,7 @@ pub const ENTRIES_MAX: usize = 4096;
 /// Most numbers that the named ports of one rule stand for.
 pub(super) const NUMBERS_MAX: usize = 8;
 
-/// What the cluster knows about the peers of rules.
+/// The addresses and ports of the peers of rules.
 pub trait Peers {
     /// The addresses of these nodes.
     ///

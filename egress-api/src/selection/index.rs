@@ -12,7 +12,7 @@ use egress_policy::objects::ObjectName;
 
 use crate::policy::{PolicySubject, SelectedPod};
 
-/// What a pod must have to be selected by a policy.
+/// A property that a pod must have to be selected by a policy.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Anchor {
     /// A label.
@@ -30,7 +30,7 @@ enum Anchor {
     Anything,
 }
 
-/// Policies by what they require of a pod.
+/// Policies by the property that they require of a pod.
 #[derive(Debug, Default)]
 pub(super) struct Index(BTreeMap<Anchor, BTreeSet<Arc<ObjectName>>>);
 

@@ -487,7 +487,7 @@ fn a_pod_with_unreadable_annotations_is_told_so() {
     assert_eq!(judge(&unreadable, &internal, bits::TCP, 443), Verdict::Pass);
 }
 
-/// Destinations with every mixture of what the maps can say, but for expiry.
+/// Destinations with every combination of entries in the maps, but for expiry.
 fn destinations() -> impl Iterator<Item = Destination> {
     let classes = [ClassSet::EMPTY, WEB, LOW, SSH.or(LOW)];
     let ranges = [0, RANGE_INTERNAL, RANGE_PROTECTED, RANGE_NODE];

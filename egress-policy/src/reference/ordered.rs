@@ -159,7 +159,7 @@ impl<'a> World<'a> {
         reaches && line.matches_packet(packet, bits::ALL)
     }
 
-    /// What the rules say; `None` if none decides.
+    /// The decision of the rules; `None` if none decides.
     fn decided(&self, packet: &Packet, address: bool) -> Option<bool> {
         self.decided_by(packet, |line, action| {
             self.matches(line, packet, action == TierAction::Allow, address)

@@ -61,7 +61,7 @@ pub struct Added {
     pub(crate) is_of_cluster_ip: bool,
     /// The entry that decides about the endpoint.
     pub(crate) source: EntrySource,
-    /// What it stands for.
+    /// The Service and the endpoint for which it stands.
     pub(crate) about: Arc<About>,
 }
 
@@ -183,7 +183,7 @@ pub(crate) fn insert(
     }
 }
 
-/// What the pod opens is denied, and no reply.
+/// Connections that the pod opens are denied, and no reply.
 fn denying(rules: Vec<Rule>) -> Run {
     Run {
         effect: Effect {

@@ -183,7 +183,7 @@ struct Judge<'a> {
     hosts: HashMap<Address, ClassSet>,
 }
 
-/// What the policy says of packets to a Service's address and port, without its endpoints.
+/// The policy's classes for packets to a Service's address and port, without its endpoints.
 struct Seen {
     /// The address, if it is one.
     address: Option<Address>,
@@ -328,7 +328,7 @@ impl<'a> Judge<'a> {
         places.destination(record, &self.cidrs, address, at)
     }
 
-    /// What the policy says of an address of the Service.
+    /// The policy's classes for an address of the Service.
     fn seen_at(&self, ip: IpAddr, port: &ServicePort) -> Seen {
         let address = to_mapped(ip);
         let record = &self.policy.record;
@@ -349,7 +349,7 @@ impl<'a> Judge<'a> {
         }
     }
 
-    /// What the policy says of a port of these nodes.
+    /// The policy's classes for a port of these nodes.
     fn seen_within(&self, nodes: &[Prefix], (transport, port): (Transport, u16)) -> Seen {
         let record = &self.policy.record;
         let matching = record.ports.matching(transport.bit(), port);

@@ -1,4 +1,4 @@
-//! What a policy means for the addresses of Services, which nodes translate.
+//! The rules of a policy for the addresses of Services, which nodes translate.
 //!
 //! A node replaces the address of a Service by that of an endpoint only behind the pod's interface, so the programs
 //! see the Service's address. A packet to it counts as one to each endpoint. [`judge`] finds the Services for which

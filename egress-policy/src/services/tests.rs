@@ -1,4 +1,4 @@
-//! Services under policies: what is denied and opened because of endpoints.
+//! Services under policies: addresses that are denied or opened because of endpoints.
 
 use std::{collections::BTreeMap, net::IpAddr};
 

@@ -12,7 +12,7 @@
 //! | `remove`, `leftovers` | releases, detaches, and removes state |
 //! | `hardware`, `node_addresses` | keeps the node's and the neighbours' addresses from pods |
 //! | `hooks`, `watched_hooks`, `stamps` | makes sure that packets pass the programs |
-//! | `upkeep` | does the last two in each reconcile, whatever is planned |
+//! | `upkeep` | does the work of the two rows above in each reconcile, whatever is planned |
 //! | `ranges` | puts other ranges and resolvers in force |
 //! | `unused` | removes maps that nobody uses any more |
 //! | `sweep` | forgets idle flows and expired addresses |
@@ -71,7 +71,7 @@ pub(in crate::control) struct Applier {
     /// The node's name.
     node: String,
     enforced: BTreeMap<Subject, Enforced>,
-    /// What is in the kernel though no pod is enforced with it, by the pod's id: left by an earlier agent, or by
+    /// State in the kernel with which no pod is enforced, by the pod's id: left by an earlier agent, or by
     /// an attempt that failed.
     left: BTreeMap<PodId, Adoptable>,
     ids: Ids,
@@ -271,7 +271,7 @@ impl Applier {
         &self.enforced
     }
 
-    /// What is in the kernel though no pod is enforced with it.
+    /// State in the kernel with which no pod is enforced.
     pub(in crate::control) fn left(&self) -> &BTreeMap<PodId, Adoptable> {
         &self.left
     }

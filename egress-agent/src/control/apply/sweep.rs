@@ -26,7 +26,7 @@ pub(in crate::control) struct Crowded {
     pods: HashMap<PodId, Wants>,
 }
 
-/// What is known of one pod.
+/// The sweeps of one pod.
 #[derive(Clone, Copy, Default)]
 struct Wants {
     /// How often it had found no room when it was last swept out of turn.

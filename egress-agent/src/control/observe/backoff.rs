@@ -1,4 +1,4 @@
-//! When to look again for what is expected and was not found.
+//! When to look again for something that is expected and was not found.
 
 use std::time::Duration;
 

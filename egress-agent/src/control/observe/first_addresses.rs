@@ -51,7 +51,7 @@ struct Sight {
     settled: bool,
 }
 
-/// What was seen of each interface, by the index of its host end.
+/// The addresses that were seen on each interface, by the index of its host end.
 #[derive(Debug, Default)]
 pub(in crate::control) struct FirstSights {
     interfaces: HashMap<IfIndex, Sight>,

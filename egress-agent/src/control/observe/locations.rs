@@ -52,7 +52,7 @@ pub(in crate::control) struct PodLocation {
     pub(in crate::control) first: FirstAddresses,
     /// The network namespaces on their other ends.
     pub(in crate::control) networks: Vec<Network>,
-    /// What is wrong with the location all the same.
+    /// A problem with the location, which counts all the same.
     pub(in crate::control) note: Option<String>,
 }
 

@@ -10,10 +10,10 @@
 //! | `quarantine`, `arrivals` | interfaces whose pods are not known, and those that are left alone at first |
 //! | `first_addresses`, `owners` | the addresses that interfaces were made with, and whose addresses are known |
 //! | `exits` | interfaces of pods that nobody can enforce |
-//! | `policies` | what annotations mean |
+//! | `policies`, `fallback` | what annotations mean, and what counts when they cannot be read |
 //! | `unjudged` | interfaces that nobody has judged until now |
-//! | `unseen_responses`, `taps` | signs that packets take another way than by the agent's programs |
-//! | `unlocated`, `backoff` | since when pods are looked for, and when to look again |
+//! | `unseen_responses`, `taps` | signs that packets bypass the agent's programs |
+//! | `unlocated`, `backoff` | how long pods have been looked for, and when to look again |
 
 pub(in crate::control) mod arrivals;
 pub(in crate::control) mod backoff;
@@ -83,7 +83,7 @@ pub(in crate::control) struct Observed<'a> {
     pub(in crate::control) node_uid: Option<&'a str>,
     /// What is enforced.
     pub(in crate::control) enforced: BTreeMap<Subject, InForce>,
-    /// What is in the kernel though no pod is enforced with it, by the pod's id: left by an earlier agent, or by
+    /// State in the kernel with which no pod is enforced, by the pod's id: left by an earlier agent, or by
     /// an attempt that failed.
     pub(in crate::control) left: BTreeMap<PodId, Adoptable>,
     /// The interfaces that nobody has judged until now.
@@ -92,11 +92,11 @@ pub(in crate::control) struct Observed<'a> {
     pub(in crate::control) owners: Owners,
     /// The names of the host's interfaces, by their indexes.
     pub(in crate::control) interface_names: HashMap<IfIndex, String>,
-    /// What the policies were compiled with.
+    /// The settings with which the policies were compiled.
     pub(in crate::control) policy_settings: egress_policy::Settings,
     /// When this agent began.
     pub(in crate::control) began: Instant,
-    /// What is wrong with the source, or with the node.
+    /// Problems of the source, and of the node.
     pub(in crate::control) problems: Problems,
     /// Why DNS responses may bypass the agent's programs.
     pub(in crate::control) unseen_responses: Option<&'static str>,
@@ -118,17 +118,17 @@ pub(in crate::control) struct ObservedPod<'a> {
 pub(in crate::control) struct InForce {
     /// The pod's id in the maps.
     pub(in crate::control) pod: PodId,
-    /// What it is under.
+    /// Its policy and its interfaces.
     pub(in crate::control) wanted: Arc<Wanted>,
 }
 
-/// What is enforced, and what is left in the kernel besides.
+/// The enforced pods, and other state that is left in the kernel.
 pub(in crate::control) struct InKernel {
     pub(in crate::control) enforced: BTreeMap<Subject, InForce>,
     pub(in crate::control) left: BTreeMap<PodId, Adoptable>,
 }
 
-/// Reads, and remembers what an observation needs of earlier ones.
+/// Makes observations, and remembers the parts of earlier ones that it needs.
 pub(in crate::control) struct Observer {
     in_cluster: bool,
     began: Instant,
@@ -137,9 +137,9 @@ pub(in crate::control) struct Observer {
     pub(in crate::control) policies: Policies,
     pub(in crate::control) taps: Taps,
     unseen_responses: UnseenResponses,
-    /// What the gate counts.
+    /// The gate's counters.
     stats: Arc<Stats>,
-    /// What the programs count.
+    /// The programs' counters.
     counters: CounterMap,
     pub(in crate::control) unjudged: Unjudged,
     unlocated: Unlocated,

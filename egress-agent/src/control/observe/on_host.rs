@@ -24,7 +24,7 @@ const BELIEVED_FOR: Duration = Duration::from_secs(10);
 /// How long a location is used when every interface has its pod: quarantine would show another interface of the pod.
 const BELIEVED_LONGER_FOR: Duration = Duration::from_secs(60);
 
-/// What is known of pods that are found by their control groups.
+/// Finds pods by their control groups, and remembers their locations.
 pub(in crate::control) struct OnHost {
     quarantine: Quarantine,
     /// With clsact: the interfaces that are left alone until their networks are complete.

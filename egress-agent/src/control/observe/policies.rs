@@ -12,7 +12,7 @@ use egress_policy::{
     },
 };
 
-/// The policy of one pod, and what it was read from.
+/// The policy of one pod, and its inputs.
 struct Reading {
     uid: String,
     parts: Parts,
@@ -23,7 +23,7 @@ struct Reading {
     /// The rules that it needs for Services.
     for_services: ByService,
     compiled: Arc<Compiled>,
-    /// What is wrong with these rules.
+    /// The problem with these rules.
     services_problem: Option<String>,
     /// The parts that could be read, now or earlier.
     good: Good,
@@ -52,7 +52,7 @@ impl Reading {
     }
 }
 
-/// A policy with the rules that it needs for Services, and what is wrong with these.
+/// A policy with the rules that it needs for Services, and the problem with these.
 fn complete(
     alone: &Arc<Compiled>,
     for_services: &ByService,

@@ -55,11 +55,11 @@ impl UnseenResponses {
         let waited = self.since.is_some_and(|since| since.elapsed() >= AT_LEAST);
         if self.problem.is_none() && waited && questions - self.questions >= QUESTIONS {
             self.problem = Some(if datapath::is_loaded(CILIUM) {
-                "queries go to the resolvers, and no response arrives through the pods' interfaces, so \
+                "questions go to the resolvers, and no answer comes by the pods' interfaces, so \
                  nothing is learned from them: Cilium is on this node, and with BPF host routing it \
                  delivers past these interfaces; set Cilium's bpf.hostLegacyRouting to true"
             } else {
-                "queries go to the resolvers, and no response arrives through the pods' interfaces: the \
+                "questions go to the resolvers, and no answer comes by the pods' interfaces: the \
                  resolvers do not answer, or something delivers past these interfaces"
             });
         }

@@ -1,4 +1,4 @@
-//! What should be done with one pod.
+//! The decision about one pod.
 
 use std::{borrow::Cow, collections::HashMap, sync::Arc};
 
@@ -23,9 +23,9 @@ use egress_policy::{Annotations, Compiled, Mode};
 /// Why a pod is not under a policy of its own.
 const UNKNOWN_OBJECTS: &str = "which policy objects select it is not known, because the API server does not list a kind of them";
 
-/// What should be done with one pod.
+/// The decision about one pod.
 pub(super) enum Decision {
-    /// Put it under this; the text says what is wrong all the same.
+    /// Put it under this; the text is a problem that exists all the same.
     Enforce(Arc<Wanted>, Option<String>),
     /// Do not enforce it, for now or for good; the text says why where somebody should know.
     Free(Option<String>),
@@ -196,8 +196,8 @@ pub(super) fn decide(
     Decision::Enforce(wanted(closed), Some(format!("{why}; {follows}")))
 }
 
-/// The pod's policy where it is enforced now, with the own addresses that it has there. `None` if it is closed there for
-/// another reason than its policy: that reason may still hold.
+/// The pod's policy where it is enforced now, with the own addresses that it has there. `None` if it is closed there
+/// for another reason than its policy: that reason may still hold.
 fn in_place(
     observed: &Observed<'_>,
     settings: &Settings,

@@ -18,7 +18,7 @@ use crate::{
     pods::ObjectsOf,
 };
 
-/// What the pod should be under.
+/// The wanted enforcement of the pod.
 fn wanted(scene: &Scene, name: &str) -> Arc<Wanted> {
     let plan = scene.plan();
     let mut actions = plan.actions.iter();

@@ -193,8 +193,8 @@ fn is_to_be_enforced(scene: &Scene, ifindex: IfIndex) -> bool {
     })
 }
 
-/// The interfaces in quarantine, and those of pods that are gone or have left them, on which somebody is to be enforced:
-/// each stays closed or judged until then.
+/// The interfaces in quarantine, and those of pods that are gone or have left them, on which somebody is to be
+/// enforced: each stays closed or judged until then.
 fn handed_over(scene: &Scene, wanted_on: &HashMap<IfIndex, &Subject>) -> Vec<IfIndex> {
     let enforced = scene.enforced.values();
     let leaving = enforced.flat_map(|in_force| in_force.wanted.interfaces.iter().copied());
@@ -244,7 +244,7 @@ fn check(scene: &mut Scene, plan: &Plan) {
         else {
             continue;
         };
-        // What is to be free is released first, if nobody else is to have its interface.
+        // A pod that is to be free is released first, if nobody else is to have its interface.
         let interfaces = scene.enforced[subject].wanted.interfaces.clone();
         let left = scene.left.values().flat_map(|left| &left.interfaces);
         let left: HashSet<IfIndex> = left.map(|&(ifindex, _)| ifindex).collect();

@@ -1,4 +1,4 @@
-//! What a pod should be under: a policy, on interfaces.
+//! The wanted enforcement of a pod: a policy, on interfaces.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -18,7 +18,7 @@ use crate::{
 };
 use egress_policy::{Compiled, Mode};
 
-/// What a pod should be under.
+/// The wanted enforcement of a pod.
 #[derive(Clone, Debug)]
 pub(in crate::control) struct Wanted {
     pub(in crate::control) uid: String,

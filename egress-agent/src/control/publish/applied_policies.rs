@@ -26,11 +26,11 @@ pub(super) struct PodInForce<'a> {
     pub(super) uid: &'a str,
     /// The policy objects that select it.
     pub(super) objects: &'a Objects,
-    /// What it should be under.
+    /// Its wanted policy.
     pub(super) policy: &'a Arc<Compiled>,
     /// Which parts of `policy` are compiled from `objects`, and not from what could be read earlier.
     pub(super) present: Present,
-    /// What the kernel's maps have for it; `None` if it is not enforced.
+    /// Its policy in the kernel's maps; `None` if it is not enforced.
     pub(super) in_kernel: Option<&'a Arc<Compiled>>,
     /// Whether all of its packets are judged.
     pub(super) is_whole: bool,
@@ -38,7 +38,7 @@ pub(super) struct PodInForce<'a> {
     pub(super) is_wanted: bool,
 }
 
-/// What is remembered of a pod.
+/// The state of a pod after the last reconcile.
 struct Known {
     uid: String,
     policy: Arc<Compiled>,

@@ -75,7 +75,7 @@ impl DenialReader {
         self.thread.is_finished()
     }
 
-    /// Reads what is left and ends the thread.
+    /// Reads the remaining records and ends the thread.
     pub(in crate::control) fn stop(self) {
         self.stop.store(true, Ordering::Release);
         if self.thread.join().is_err() {
@@ -233,7 +233,7 @@ fn denied(
     }
 }
 
-/// The losses that the kernel counts, and what was logged of them.
+/// The losses that the kernel counts, and how many of them were logged.
 struct Losses {
     map: CounterMap,
     /// The pods, and their meters when they were last read. A pod that is gone stays until its

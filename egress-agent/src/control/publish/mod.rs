@@ -1,10 +1,10 @@
 //! Step 4: publishes the result to people and to the other threads.
 //!
-//! | file | whom it tells what |
+//! | file | to whom, and what |
 //! |---|---|
-//! | `problems` | the log: what is wrong since this reconcile, and what no longer is |
+//! | `problems` | the log: new problems, and those that are gone |
 //! | `events` | people in the cluster: the same, and denials, as Events on pods |
-//! | `status` | `serve/`: what `status`, `explain` and the metrics answer with |
+//! | `status` | `serve/`: the snapshot from which `status`, `explain` and the metrics are answered |
 //! | `denials` | people: a line for each packet that was denied |
 //! | `applied_policies`, `node_report` | people in the cluster: which policies are in force, in one object for the node |
 
@@ -53,7 +53,7 @@ pub(in crate::control) struct Publisher {
 }
 
 impl Publisher {
-    /// `left` is what an earlier agent left in the kernel, by the pods' ids.
+    /// `left` are the pods that an earlier agent left in the kernel, by their ids.
     pub(in crate::control) fn new(
         node: &str,
         published: Arc<Published>,

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt};
 
 use crate::report::Subject;
 
-/// What a problem is about.
+/// The subject of a problem.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(in crate::control) enum About {
     /// A pod, or an interface in quarantine.
@@ -40,12 +40,12 @@ impl fmt::Display for About {
 pub(in crate::control) struct Problems(BTreeMap<About, String>);
 
 impl Problems {
-    /// Sets what is wrong with something.
+    /// Sets the problem of a subject.
     pub(in crate::control) fn set(&mut self, about: impl Into<About>, what: impl Into<String>) {
         self.0.insert(about.into(), what.into());
     }
 
-    /// Adds to what is wrong with something.
+    /// Adds to the problem of a subject.
     pub(in crate::control) fn add(&mut self, about: impl Into<About>, what: &str) {
         let known = self.0.entry(about.into()).or_default();
         if !known.is_empty() {
@@ -60,12 +60,12 @@ impl Problems {
         self
     }
 
-    /// What is wrong with a pod or an interface in quarantine.
+    /// The problem of a pod or an interface in quarantine.
     pub(in crate::control) fn of(&self, subject: &Subject) -> Option<&String> {
         self.about(&About::Subject(subject.clone()))
     }
 
-    /// What is wrong with anything.
+    /// The problem of any subject.
     pub(in crate::control) fn about(&self, about: &About) -> Option<&String> {
         self.0.get(about)
     }

@@ -136,7 +136,7 @@ impl Publisher {
             uid: pod.uid.clone(),
             mode: match &compiled {
                 Some(compiled) => compiled.mode,
-                // What its namespace, or a policy object, demands is not known yet.
+                // The mode that its namespace, or a policy object, demands is not known yet.
                 None if !pod.is_known() => Mode::Enforce,
                 None => Mode::Off,
             },

@@ -144,7 +144,7 @@ impl Snapshots {
 ///
 /// # Errors
 ///
-/// Names what is missing.
+/// When something is missing; the error names it.
 pub(super) fn check(options: &Options) -> Result<()> {
     preflight::check_privileges(&options.source)?;
     preflight::raise_file_limit();

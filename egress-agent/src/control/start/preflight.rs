@@ -13,7 +13,7 @@ const SYS_PTRACE: u32 = 19;
 const SYS_ADMIN: u32 = 21;
 const BPF: u32 = 39;
 
-/// Checks that the process may do what the agent does with pods from this source.
+/// Checks that the process has the privileges that the agent needs for pods from this source.
 ///
 /// # Errors
 ///

@@ -76,7 +76,7 @@ impl Source {
     ///
     /// # Errors
     ///
-    /// When it cannot be read, or the configuration lacks what it needs.
+    /// When it cannot be read, or the configuration lacks a setting that it needs.
     pub(in crate::control) fn check(
         options: &SourceOptions,
         config: &Config,

@@ -76,8 +76,8 @@ impl Pod {
         has_work && !self.is_changing()
     }
 
-    /// Decides the oldest message of the backlog, and repeats the bytes of one connection with a resolver; forgets a part
-    /// of what an earlier version of the policy had. Returns whether nothing is left to do.
+    /// Decides the oldest message of the backlog, and repeats the bytes of one connection with a resolver; forgets a
+    /// part of what an earlier version of the policy had. Returns whether nothing is left to do.
     pub(in super::super) fn take_turn(
         &mut self,
         interfaces: &InterfaceMap,

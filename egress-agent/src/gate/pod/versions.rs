@@ -119,8 +119,8 @@ impl Pod {
         self.change.is_some()
     }
 
-    /// Cancels a change that is under way, because the pod is moved, released or removed. Until then the pod stays under its
-    /// earlier version.
+    /// Cancels a change that is under way, because the pod is moved, released or removed. Until then the pod stays
+    /// under its earlier version.
     pub(in super::super) fn cancel_change(&mut self) {
         if let Some(change) = self.change.take() {
             self.replaced
@@ -185,8 +185,8 @@ impl Pod {
         let _ = change.done.send(result);
     }
 
-    /// Puts the pod under a version whose allow map has all of its addresses. `carried` has its table, if it is not that
-    /// of the version before.
+    /// Puts the pod under a version whose allow map has all of its addresses. `carried` has its table, if it is not
+    /// that of the version before.
     ///
     /// # Errors
     ///
@@ -260,8 +260,8 @@ impl Pod {
     }
 }
 
-/// Removes the kept names of some addresses of an earlier version that the present table does not have, and forgets these
-/// addresses. Returns whether none is left.
+/// Removes the kept names of some addresses of an earlier version that the present table does not have, and forgets
+/// these addresses. Returns whether none is left.
 fn forget_part(replaced: &mut Table, learned: &mut Table, names: &mut Enforcement) -> bool {
     let mut done = 0;
     while done < PART {

@@ -108,7 +108,7 @@ impl Runner {
         }
     }
 
-    /// Stops the programs from learning for a pod, and learns what they have learned.
+    /// Stops the programs from learning for a pod, and adds the addresses that they have learned to the table.
     ///
     /// # Errors
     ///

@@ -254,7 +254,8 @@ async fn publish(shared: Shared, sender: watch::Sender<Arc<Snapshot>>, reports: 
     }
 }
 
-/// Waits until a pod of the cluster has changed that rules may name, or a Service, and at least [`PEERS_EVERY`] after the last time.
+/// Waits until a pod of the cluster has changed that rules may name, or a Service, and at least [`PEERS_EVERY`] after
+/// the last time.
 async fn changed_peers(shared: &Shared, last: Instant) {
     tokio::time::sleep_until(last + PEERS_EVERY).await;
     shared.health.peers_changed.notified().await;

@@ -1,4 +1,4 @@
-//! Policy objects of the cluster: what the API server sent last, and whom they select.
+//! Policy objects of the cluster, as the API server sent them last, and the pods that they select.
 
 use std::{
     collections::BTreeMap,
@@ -41,7 +41,7 @@ pub(super) struct KeptPolicy {
     policy: Arc<Policy>,
     /// The versions of the present object and of `policy`.
     facts: PolicyFacts,
-    /// What is wrong with the present object. If it cannot be read, `policy` is its last readable form.
+    /// The problem with the present object. If it cannot be read, `policy` is its last readable form.
     problem: Option<String>,
 }
 
@@ -147,7 +147,7 @@ pub(super) struct Policies {
     defined: [bool; PolicyKind::ALL.len()],
     pub(super) peer_pods: Table<PeerFacts>,
     selection: Selection<NamespacedName>,
-    /// The policies and sets that were given to `selection` last, and what they were made from.
+    /// The policies and sets that were given to `selection` last, and the revisions that they were made from.
     built: Option<Revisions>,
     resolved: BTreeMap<Arc<ObjectName>, Resolved>,
     objects: Arc<PolicyObjects>,
@@ -224,7 +224,7 @@ impl Policies {
         standing::kinds(self.standings(health))
     }
 
-    /// What is known of each kind.
+    /// The standing of each kind.
     fn standings(&self, health: &Health) -> impl Iterator<Item = (PolicyKind, Standing)> {
         PolicyKind::ALL.into_iter().map(|kind| {
             let is_listed = match kind {
@@ -399,7 +399,7 @@ impl Policies {
         self.selection.retain(|key| pods.contains_key(key));
     }
 
-    /// What is wrong with policies.
+    /// The problems of policies.
     pub(super) fn problems(&self) -> impl Iterator<Item = Problem> {
         let frozen = [
             ("EgressPolicy", self.egress.is_frozen(), self.egress.len()),
