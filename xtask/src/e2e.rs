@@ -72,7 +72,8 @@ const PROGRAMS: [Program; 7] = [
 ///
 /// API server, controllers, scheduler and kubelet are built from Debian's sources when they are missing
 /// (some minutes, once), containerd and the network plugins are Debian's. `KUBERNETES_PROGRAMS` names a
-/// directory with those four of another version. The node lives in namespaces of its own and is gone at the end. Takes some minutes when everything is built, and needs root. Not part of
+/// directory with those four of another version. The node lives in namespaces of its own and is gone at the end. Takes
+/// some minutes when everything is built, and needs root. Not part of
 /// `cargo xtask test`.
 #[derive(clap::Args)]
 pub(crate) struct Options {
