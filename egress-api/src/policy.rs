@@ -27,7 +27,7 @@ use crate::{
 
 /// What follows when it is not known which pods a policy is about, or when its rules come.
 pub(crate) const ONLY_TAKES_AWAY: &str =
-    "so what it allows does not count, and what it denies counts for every pod that it may select";
+    "so its permissions do not count, and its denials count for every pod that it may select";
 
 /// A policy object.
 #[derive(Clone, Debug, PartialEq, Eq)]

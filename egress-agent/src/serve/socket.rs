@@ -155,7 +155,7 @@ fn remove_stale(path: &Path) -> Result<()> {
     let metadata = match fs::symlink_metadata(path) {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).context("cannot read what is at the path"),
+        Err(error) => return Err(error).context("cannot read the type of the file at the path"),
     };
     if !metadata.file_type().is_socket() {
         bail!("a file that is not a socket is at the path; remove it, or set another `socket`");

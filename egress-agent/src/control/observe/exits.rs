@@ -244,7 +244,7 @@ fn described(exit: &Exit) -> String {
         LeadsTo::Host => "to an interface of the host",
         LeadsTo::Namespace => "to another network namespace",
         LeadsTo::Hardware => "to hardware",
-        LeadsTo::OnHost => "on the host, which gets what is sent to it in the pod",
+        LeadsTo::OnHost => "on the host, which receives the packets that the pod sends to it",
     };
     format!("{} ({kind}, {to})", exit.name)
 }

@@ -32,7 +32,7 @@ pub(in crate::control) fn read<T: DeserializeOwned>(path: &Path) -> Result<Optio
     };
     serde_json::from_slice(&text)
         .map(Some)
-        .with_context(|| format!("{} is not what an agent has written", path.display()))
+        .with_context(|| format!("{} was not written by an agent", path.display()))
 }
 
 /// Writes the file, and its directory if that is missing.

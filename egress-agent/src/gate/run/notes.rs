@@ -132,7 +132,7 @@ impl Runner {
             .collect();
         for id in due {
             if let Err(error) = self.clean(id, now_ns) {
-                tracing::error!(pod = %id, %error, "cannot clean what the programs have learned");
+                tracing::error!(pod = %id, %error, "cannot remove expired addresses that the programs have learned");
             }
         }
         for pod in self

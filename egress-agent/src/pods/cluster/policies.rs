@@ -121,7 +121,7 @@ impl KeptSet {
                 uid,
                 problem: Some(match former {
                     Some(_) => format!("{what}: {KEPT}"),
-                    None => format!("{what}: it is as if it did not exist"),
+                    None => format!("{what}: it does not count"),
                 }),
                 destinations: former,
             },
