@@ -19,14 +19,14 @@ const PROGRAMS: [Program; 7] = [
     Program {
         name: "containerd",
         packages: &["containerd"],
-        purpose: "what runs containers on the node",
+        purpose: "the node's container runtime",
         needed_for: Purpose::E2e,
         services: &["containerd.service"],
     },
     Program {
         name: "runc",
         packages: &["runc"],
-        purpose: "what containerd starts them with",
+        purpose: "the program with which containerd starts containers",
         needed_for: Purpose::E2e,
         services: &[],
     },
@@ -48,7 +48,7 @@ const PROGRAMS: [Program; 7] = [
     Program {
         name: "busybox",
         packages: &["busybox-static"],
-        purpose: "what the pods run",
+        purpose: "the pods' programs",
         needed_for: Purpose::E2e,
         services: &[],
     },

@@ -124,7 +124,7 @@ const PROGRAMS: [Program; 20] = [
     Program {
         name: "nft",
         packages: &["nftables"],
-        purpose: "what dnsmasq fills, to compare with",
+        purpose: "the sets that dnsmasq fills, to compare with",
         needed_for: Purpose::Test,
         services: &[],
     },

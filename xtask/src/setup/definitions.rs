@@ -94,7 +94,7 @@ fn version(directory: &Path) -> Option<String> {
 /// Builds the server in a directory that is removed afterwards, and keeps it in `target`.
 fn build(target: &Path) -> Result<()> {
     if !apt::is_here() || process::find("dpkg-deb").is_none() {
-        bail!("this system has no apt and dpkg, so Debian's libraries cannot be had");
+        bail!("this system has no apt and dpkg, so Debian's libraries cannot be downloaded");
     }
     let directory = workspace::root().join("target/kubernetes/definitions-build");
     _ = fs::remove_dir_all(&directory);

@@ -43,7 +43,7 @@ const GO: &str = "/usr/lib/go-1.19/bin";
 const TO_RUN: [Program; 1] = [Program {
     name: "etcd",
     packages: &["etcd-server"],
-    purpose: "what an API server in the tests keeps its objects in",
+    purpose: "the store of an API server in the tests",
     needed_for: Purpose::Test,
     services: &["etcd.service"],
 }];
@@ -259,7 +259,7 @@ pub(super) fn place(from: &Path, to: &Path) -> Result<()> {
 /// them in `target`.
 fn build(names: &[&str], target: &Path) -> Result<()> {
     if !apt::is_here() {
-        bail!("this system has no apt, so Debian's sources cannot be had");
+        bail!("this system has no apt, so Debian's sources cannot be downloaded");
     }
     programs(&TO_BUILD)?;
     if !Path::new(GO).exists() {
@@ -341,7 +341,10 @@ fn patch(sources: &Path) -> Result<()> {
         let before =
             fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
         if !before.contains(text) {
-            bail!("{} is not what it was patched for", path.display());
+            bail!(
+                "{} differs from the text that the patch replaces",
+                path.display()
+            );
         }
         fs::write(&path, before.replace(text, replacement))
             .with_context(|| format!("cannot write {}", path.display()))?;
