@@ -30,7 +30,7 @@ pub struct EgressSetSpec {
 ///
 /// # Errors
 ///
-/// What is wrong.
+/// The mistake.
 pub fn read_set(spec: &Value) -> Result<Vec<String>, String> {
     let mut reader = Reader::new(spec, "spec");
     let is_known = reader.expect_only(&["destinations"]).is_ok();

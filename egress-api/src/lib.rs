@@ -1,6 +1,6 @@
 //! The policy objects of a cluster, as the API server has them.
 //!
-//! | object | whose word it is |
+//! | object | whose statement it is |
 //! |---|---|
 //! | [`EgressPolicy`] | a team's, about pods of its namespace |
 //! | [`ClusterEgressPolicy`] | the platform's, before or after what teams say |

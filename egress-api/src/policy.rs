@@ -1,4 +1,4 @@
-//! Policy objects in the form in which they are evaluated: whom they select, and what they say.
+//! Policy objects in the form in which they are evaluated: the pods that they select, and their rules.
 //!
 //! A part that cannot be read makes the policy stricter, never looser, and only for the pods that it may select:
 //!
@@ -27,7 +27,7 @@ use crate::{
 
 /// What follows when it is not known which pods a policy is about, or when its rules come.
 pub(crate) const ONLY_TAKES_AWAY: &str =
-    "so what it allows does not count, and what it denies counts for every pod that it may select";
+    "so its permissions do not count, and its denials count for every pod that it may select";
 
 /// A policy object.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,7 +36,7 @@ pub struct Policy {
     pub name: Arc<ObjectName>,
     /// The pods that it selects.
     pub subject: Arc<PolicySubject>,
-    /// What it says about them.
+    /// Its rules for them.
     pub body: Body,
     /// What could not be read, or does not count.
     pub problems: Vec<String>,
@@ -44,7 +44,7 @@ pub struct Policy {
     pub is_complete: bool,
 }
 
-/// What a policy says.
+/// The rules of a policy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Body {
     /// Lists that count as the namespace's word.

@@ -3,7 +3,7 @@
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-/// The parts of an object, and what is wrong with them.
+/// The parts of an object, and their problems.
 pub(crate) struct Reader<'a> {
     object: &'a Value,
     /// What precedes the names of fields in messages, such as `spec`.
@@ -25,7 +25,7 @@ impl<'a> Reader<'a> {
         self.try_optional(field).unwrap_or_default()
     }
 
-    /// As [`Self::optional`], but tells what is missing from what is unreadable.
+    /// As [`Self::optional`], but distinguishes a missing field from an unreadable one.
     pub(crate) fn try_optional<T: DeserializeOwned>(
         &mut self,
         field: &str,

@@ -384,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_pod_that_is_not_known_only_rules_about_every_pod_allow() {
+    fn for_a_pod_that_is_not_known_only_rules_about_every_pod_allow() {
         let mut selection = Selection::<&str>::default();
         assert_eq!(**selection.of_unknown(), Objects::default());
         let mut policies = Policies::new();

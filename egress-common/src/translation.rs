@@ -73,7 +73,7 @@ pub const fn embedded_v4(address: &Address, kinds: u64) -> Option<Address> {
     Some(address::from_v4((v4 as u32).to_be_bytes()))
 }
 
-/// What the maps have about the IPv4 address to which a translator sends the packets for a destination.
+/// The entries of the maps for the IPv4 address to which a translator sends the packets for a destination.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Translated {
     /// Classes of the IPv4 address in the policy's CIDR trie.

@@ -16,7 +16,7 @@ use crate::{
 
 pub use crate::translation::Translated;
 
-/// What the maps have about one destination.
+/// The entries of the maps for one destination.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Destination {
     /// The classes of the address in the pod's allow map; none when the map does not have it.

@@ -78,7 +78,7 @@ pub const fn is_record(key: &FlowKey) -> bool {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn forget_opened(pod: u32, key: *const FlowKey, place: u32) -> u32 {
-    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
+    // SAFETY: the pointer is null or points to the caller's memory; the verifier has checked this.
     let Some(key) = (unsafe { key.as_ref() }) else {
         return 0;
     };
@@ -95,7 +95,7 @@ pub extern "C" fn forget_opened(pod: u32, key: *const FlowKey, place: u32) -> u3
 /// While the record was there, no packet to the pod or from it changed the flow. So nothing brings the flow back that
 /// is removed here. The record goes last: [`crate::opening`] looks for it before it moves a flow.
 #[inline(never)]
-pub fn give_way(pod: PodId, opening: &Flows, key: &mut FlowKey, must: bool) {
+pub fn evict(pod: PodId, opening: &Flows, key: &mut FlowKey, must: bool) {
     let now_ns = now_ns();
     let mut is_full = false;
     if must || has(opening, key, now_ns) {

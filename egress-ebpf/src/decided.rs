@@ -33,7 +33,7 @@ extern "C" fn pass_decided(
     interface: *const Interface,
     packet: *const Packet,
 ) -> u32 {
-    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
+    // SAFETY: each pointer is null or points to the caller's memory; the verifier has checked this.
     let (Some(interface), Some(packet)) = (unsafe { (interface.as_ref(), packet.as_ref()) }) else {
         return 0;
     };

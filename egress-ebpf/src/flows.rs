@@ -144,7 +144,7 @@ extern "C" fn look_up_flow(
     found: *mut Flow,
     to_pod: u32,
 ) -> u32 {
-    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
+    // SAFETY: each pointer is null or points to the caller's memory; the verifier has checked this.
     let (Some(key), Some(found)) = (unsafe { (key.as_ref(), found.as_mut()) }) else {
         return NOWHERE;
     };
@@ -279,7 +279,7 @@ extern "C" fn change_flow(
     next: *const Flow,
     how: u32,
 ) -> u32 {
-    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
+    // SAFETY: each pointer is null or points to the caller's memory; the verifier has checked this.
     let flows = unsafe { (key.as_ref(), before.as_ref(), next.as_ref()) };
     let (Some(key), Some(before), Some(next)) = flows else {
         return 0;
@@ -349,7 +349,7 @@ fn change(pod: PodId, key: &mut FlowKey, before: &Flow, next: &Flow, place: u32,
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn note_call(pod: u32, key: *const FlowKey, now_ns: u64) -> u32 {
-    // SAFETY: the verifier has checked that the caller's pointer is null or points to a key of the caller.
+    // SAFETY: the pointer is null or points to the caller's memory; the verifier has checked this.
     let Some(key) = (unsafe { key.as_ref() }) else {
         return 0;
     };
@@ -381,7 +381,7 @@ pub extern "C" fn note_call(pod: u32, key: *const FlowKey, now_ns: u64) -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn has_called(pod: u32, key: *const FlowKey) -> u32 {
-    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
+    // SAFETY: the pointer is null or points to the caller's memory; the verifier has checked this.
     let Some(key) = (unsafe { key.as_ref() }) else {
         return 1;
     };

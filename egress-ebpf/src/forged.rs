@@ -48,7 +48,7 @@ pub fn may_be(skb: &Skb<'_>, pod: PodId, now_ns: u64) -> bool {
     let is_recent =
         |time_ns: u64| now_ns.wrapping_sub(time_ns).wrapping_add(SLACK_NS) < FORGED_NS + SLACK_NS;
     let has_forged = is_recent(forged.sent_ns);
-    // What the pod sent before was not judged, but a frame that the node received on the pod's own interface
+    // Frames that the pod sent before were not judged, but a frame that the node received on the pod's own interface
     // comes from the pod.
     let comes_back = is_recent(forged.unjudged_ns) & (skb.ingress_ifindex() == skb.ifindex());
     skb.forget_number(u32::from(has_forged | comes_back)) != 0

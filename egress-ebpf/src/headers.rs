@@ -23,7 +23,7 @@ pub fn read(ctx: &TcContext, packet: &mut Packet) -> Walked {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn walk_headers(frame: *mut __sk_buff, packet: *mut Packet) -> Walked {
-    // SAFETY: the caller's packet, or null, says the verifier, which has checked the caller's pointer.
+    // SAFETY: the pointer is null or points to the caller's memory; the verifier has checked this.
     let Some(packet) = (unsafe { packet.as_mut() }) else {
         return Walked::Malformed;
     };

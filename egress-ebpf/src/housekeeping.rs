@@ -29,7 +29,7 @@ pub extern "C" fn judge_link_message(
     policy: *const Policy,
     packet: *const Packet,
 ) -> LinkMessage {
-    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
+    // SAFETY: each pointer is null or points to the caller's memory; the verifier has checked this.
     let (Some(policy), Some(packet)) = (unsafe { (policy.as_ref(), packet.as_ref()) }) else {
         return LinkMessage::Malformed;
     };

@@ -59,7 +59,7 @@ pub fn admit(pod: PodId, key: &mut FlowKey, flow: &Flow) {
     if !has_place(pod, order, opening, known) || opening.insert(known, flow, ANY).is_err() {
         count_full(pod);
         if accepted::is_record(known) {
-            accepted::give_way(pod, opening, key, true);
+            accepted::evict(pod, opening, key, true);
         }
     }
 }
@@ -84,9 +84,9 @@ fn has_place(pod: PodId, order: &Order, opening: &Flows, key: &FlowKey) -> bool 
             oldest.assume_init_mut()
         };
         if accepted::is_record(oldest) {
-            accepted::give_way(pod, opening, oldest, false);
+            accepted::evict(pod, opening, oldest, false);
         } else {
-            give_way(pod, order, opening, oldest, attempt + 1 == ATTEMPTS);
+            evict_or_spare(pod, order, opening, oldest, attempt + 1 == ATTEMPTS);
         }
         attempt += 1;
     }
@@ -95,7 +95,7 @@ fn has_place(pod: PodId, order: &Order, opening: &Flows, key: &FlowKey) -> bool 
 
 /// Evicts the oldest flow from `opening`, or spares it.
 #[inline(never)]
-fn give_way(pod: PodId, order: &Order, opening: &Flows, oldest: &mut FlowKey, must: bool) {
+fn evict_or_spare(pod: PodId, order: &Order, opening: &Flows, oldest: &mut FlowKey, must: bool) {
     let key = &*oldest;
     let Some(flow) = opening.get_ptr(key) else {
         // The flow was established or forgotten meanwhile.
@@ -123,7 +123,7 @@ fn give_way(pod: PodId, order: &Order, opening: &Flows, oldest: &mut FlowKey, mu
             } else {
                 IN_INBOUND
             };
-            // In this order: the flow goes before the record that bars it ([`accepted::give_way`]).
+            // In this order: the flow goes before the record that bars it ([`accepted::evict`]).
             let is_barred = place == IN_INBOUND && accepted::bars(opening, oldest);
             let key = &*oldest;
             if !is_barred

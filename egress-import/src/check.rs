@@ -10,7 +10,7 @@ struct Written {
     spec: Value,
 }
 
-/// What is wrong with the written objects. A text here is an error of this crate.
+/// Problems of the written objects. A text here is an error of this crate.
 pub(crate) fn errors(yaml: &str) -> Vec<String> {
     let written: Vec<Written> = match serde_saphyr::from_multiple(yaml) {
         Ok(written) => written,

@@ -1,7 +1,7 @@
 //! Access to the fields of objects that were read.
 //!
-//! A field that nobody knows may restrict a rule. So each object is read with the list of its known fields, and the
-//! reader hears of the others.
+//! An unknown field may restrict a rule. So each object is read with the list of its known fields, and the reader
+//! reports the others.
 
 use std::collections::BTreeMap;
 
@@ -84,7 +84,7 @@ impl<'a> Fields<'a> {
             .transpose()
     }
 
-    /// A truth value.
+    /// A boolean.
     pub(crate) fn truth(&self, key: &str) -> Result<Option<bool>, Wrong> {
         self.value(key)
             .map(|value| {

@@ -2,7 +2,8 @@
 //!
 //! 1. `manifest`: the documents of the files;
 //! 2. `products/`: the kinds of each product, as rules in one form (`rule`);
-//! 3. `translate`, `names`, `cidr`: a rule as entries. What has no counterpart is left out of what is allowed, or refused;
+//! 3. `translate`, `names`, `cidr`: a rule as entries. A permission without a counterpart is left out, a
+//!    denial is refused;
 //! 4. `object`, `output`: objects as YAML, with a comment for each difference in meaning.
 //!
 //! All functions are pure. Nothing here knows an operating system.
@@ -31,7 +32,7 @@ pub struct Input {
     pub text: String,
 }
 
-/// What the caller decides.
+/// The caller's options.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
     /// Write a wildcard that stands for exactly one label in the original as one that stands for one or more.
@@ -40,16 +41,16 @@ pub struct Options {
     pub namespace: Option<String>,
 }
 
-/// What was made of the files.
+/// The result of an import.
 #[derive(Clone, Debug, Default)]
 pub struct Imported {
     /// The objects, as YAML with comments.
     pub yaml: String,
     /// How many objects there are.
     pub objects: usize,
-    /// What was left out or refused.
+    /// Rules that were left out or refused.
     pub findings: Vec<Finding>,
-    /// What could not be read.
+    /// Files and objects that could not be read.
     pub problems: Vec<Problem>,
 }
 
@@ -62,7 +63,7 @@ pub struct Finding {
     pub source: String,
     /// Whether it was left out or refused.
     pub severity: Severity,
-    /// What it is, and why.
+    /// The part that was left out or refused, and why.
     pub text: String,
 }
 
@@ -71,7 +72,7 @@ pub struct Finding {
 pub struct Problem {
     /// File, and line if there is one.
     pub origin: String,
-    /// What is wrong.
+    /// The mistake.
     pub message: String,
 }
 

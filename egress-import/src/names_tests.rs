@@ -1,4 +1,4 @@
-//! What translated names match, compared with the products' own meaning of `*`.
+//! Compares the names that translated names match with the products' own meaning of `*`.
 
 use egress_dns::Name;
 use egress_policy::name_pattern;

@@ -10,7 +10,7 @@ use crate::remark::Remark;
 /// The label with a namespace's name, which the API server sets.
 pub(crate) const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
 
-/// What became of one object that was read.
+/// The result for one object that was read.
 #[derive(Debug, Default)]
 pub(crate) struct Document {
     /// File and line.
@@ -212,7 +212,7 @@ pub(crate) fn require(
 pub(crate) fn require_label(selector: &mut LabelSelector, key: String, value: String) {
     let map = selector.match_labels.get_or_insert_with(BTreeMap::new);
     if map.get(&key).is_some_and(|other| *other != value) {
-        // Both must hold, which no pod fulfils.
+        // Both must hold, and no pod fulfils both.
         require(selector, &key, "In", vec![value]);
     } else {
         map.insert(key, value);

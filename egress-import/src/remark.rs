@@ -1,4 +1,4 @@
-//! What a reader of the written objects has to know.
+//! Remarks for the reader of the written objects.
 
 use std::fmt;
 

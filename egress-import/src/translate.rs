@@ -12,7 +12,7 @@ use crate::{
     rule::{Peer, Ports, Protocol, Rule},
 };
 
-/// What a rule could not express, so that later rules may let too much through.
+/// What rules could not express, so that later rules may let too much through.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Barrier {
     /// Everything is expressed.
@@ -100,7 +100,7 @@ impl Translator {
     }
 }
 
-/// What policies could not express. Policies of different namespaces do not concern each other.
+/// What policies could not express. Policies of different namespaces do not affect each other.
 #[derive(Debug, Default)]
 pub(crate) struct Barriers {
     cluster: Barrier,

@@ -1,4 +1,4 @@
-//! The classes of a policy: what the bits of a [`ClassSet`] mean, in the order of precedence.
+//! The classes of a policy: the meaning of the bits of a [`ClassSet`], in the order of precedence.
 
 use std::collections::BTreeSet;
 
@@ -17,7 +17,7 @@ use super::{
     tiers::{Effect, Run, Tiers},
 };
 
-/// What a class does with its packets, and its precedence: the derived order. A number is the place of the run of
+/// The action of a class, and its precedence: the derived order. A number is the place of the run of
 /// rules in its tier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Action {
@@ -41,7 +41,7 @@ impl Action {
         self.effect().is_some_and(|effect| effect.action == action)
     }
 
-    /// What an ordered rule does.
+    /// The effect of an ordered rule.
     fn effect(self) -> Option<Effect> {
         match self {
             Self::Admin(_, effect) | Self::Baseline(_, effect) => Some(effect),
@@ -112,7 +112,7 @@ impl Classes {
         Ok(classes)
     }
 
-    /// What the class with this number does.
+    /// The action of the class with this number.
     pub(super) fn action(&self, class: u8) -> Option<Action> {
         let (action, _) = self.distinct.get(usize::from(class))?;
         Some(*action)

@@ -81,7 +81,7 @@ pub struct Compiled {
     /// The entries that decide about addresses, in the order in which they explain a decision.
     pub(super) deciding: Vec<Deciding>,
     pub(super) translators: Translators,
-    /// What it was compiled from.
+    /// The rules from which it was compiled.
     pub(super) source: Source,
 }
 
@@ -213,7 +213,7 @@ pub(super) fn build(
                     name.denied.get_or_insert_with(|| EntrySource::of(rule));
                 } else {
                     record.named |= bit;
-                    // Under ordered rules, what a name opens tells whether it may be queried.
+                    // Under ordered rules, a name may be queried if it opens something.
                     name.queryable |= !ordered;
                 }
                 name.classes |= bit;

@@ -117,7 +117,7 @@ mod tests {
     use crate::Inputs;
     use crate::{compile, reference::settings};
 
-    /// The excerpts of what is wrong with an `allow`, with their carets.
+    /// The excerpts of the mistakes in an `allow`, with their carets.
     fn marked(allow: &str) -> Vec<String> {
         let pod = Annotations {
             allow: Some(allow.to_owned()),

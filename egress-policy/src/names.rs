@@ -178,7 +178,7 @@ impl NameRules {
         }
     }
 
-    /// What the entries that match a name say about querying it.
+    /// The decision of the entries that match a name about querying it.
     fn asked(&self, name: &Name) -> Asked {
         let mut asked = Asked::default();
         let mut classes = ClassSet::EMPTY;

@@ -86,7 +86,7 @@ impl Tier {
     }
 }
 
-/// What becomes of packets that match a rule of a tier.
+/// What happens to packets that match a rule of a tier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum TierAction {
     /// They pass.
@@ -104,7 +104,7 @@ pub struct TierRule {
     pub name: Option<String>,
     /// Its place in the object's list of rules, from 0.
     pub index: usize,
-    /// What becomes of packets that match.
+    /// What happens to packets that match.
     pub action: TierAction,
     /// The entries. A rule of a `ClusterNetworkPolicy` is written as entries, too. No entry: it matches nothing.
     pub entries: Vec<String>,

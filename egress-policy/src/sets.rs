@@ -117,7 +117,7 @@ fn read_member(member: &str) -> Result<Vec<Entry>, EntryError> {
     Ok(read)
 }
 
-/// What is wrong with the destinations of a set: the number of each that cannot be read, from 1, the column, and the
+/// The mistakes in the destinations of a set: the number of each that cannot be read, from 1, the column, and the
 /// message.
 pub fn check_destinations(destinations: &[String]) -> Vec<(usize, usize, String)> {
     let numbered = (1..).zip(destinations);

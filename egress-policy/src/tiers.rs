@@ -13,11 +13,11 @@ use super::{
     sets::Sets,
 };
 
-/// What becomes of packets that match an ordered rule.
+/// What happens to packets that match an ordered rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Effect {
     pub(super) action: TierAction,
-    /// Whether a denial is only one of what the pod opens. Rules of a `ClusterNetworkPolicy` are about connections,
+    /// Whether a denial is only about connections that the pod opens. Rules of a `ClusterNetworkPolicy` are about connections,
     /// and egress rules about those that the pod opens.
     pub(super) spares_answers: bool,
 }

@@ -72,7 +72,7 @@ fn rounds(lab: &Lab, agent: &Agent, namespace: &str, pods: usize, rounds: usize)
         for (i, annotations) in steps.into_iter().enumerate() {
             let (_, says) = STEPS[i];
             let is_last = i + 1 == steps.len();
-            let (mut said, mut removed) = (0, 0);
+            let (mut reported, mut removed) = (0, 0);
             let mut applied = None;
             let start = Instant::now();
             agent.logs_after(
@@ -80,13 +80,13 @@ fn rounds(lab: &Lab, agent: &Agent, namespace: &str, pods: usize, rounds: usize)
                 || lab.write_namespace(namespace, annotations),
                 |line| {
                     if line.contains(says) {
-                        said += of_pods(line);
+                        reported += of_pods(line);
                     }
-                    if said == pods {
+                    if reported == pods {
                         applied.get_or_insert_with(|| start.elapsed());
                     }
                     removed += usize::from(line.contains(STEPS[3].1));
-                    said == pods && (!is_last || removed == pods)
+                    reported == pods && (!is_last || removed == pods)
                 },
             );
             let whole = start.elapsed();

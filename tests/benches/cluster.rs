@@ -161,7 +161,7 @@ fn edits(cluster: &Cluster, agent: &Agent) -> [Vec<f64>; 2] {
     let policies = ["a.test:443 192.0.2.0/24:443", "b.test:443 198.51.100.0/24"].map(allow);
     let mut pod = cluster.run(&namespace, "p", &policies[0]);
     agent.wait_enforcing(pod.net());
-    let said = format!("pod={namespace}/p ");
+    let of_pod = format!("pod={namespace}/p ");
     let mut taken: [Vec<f64>; 2] = Default::default();
     for n in 0..ROUNDS {
         sleep(SETTLED);
@@ -173,7 +173,7 @@ fn edits(cluster: &Cluster, agent: &Agent) -> [Vec<f64>; 2] {
                 cluster.annotate(&mut pod, &policies[(n + 1) % 2]);
                 answered = Instant::now();
             },
-            |line| line.contains("policy applied") && line.contains(&said),
+            |line| line.contains("policy applied") && line.contains(&of_pod),
         );
         taken[0].push(since(start));
         taken[1].push(since(answered));

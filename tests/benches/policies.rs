@@ -1,4 +1,4 @@
-//! In a cluster with many policy objects: the time until an edit of a label is in force, and what it costs.
+//! In a cluster with many policy objects: the time until an edit of a label is in force, and its cost.
 #![allow(
     clippy::allow_attributes,
     clippy::cast_precision_loss,
@@ -78,7 +78,7 @@ fn main() {
     print_start(&cluster, &full);
 }
 
-/// What was measured with one number of policies.
+/// The measurements with one number of policies.
 struct Measured {
     policies: usize,
     /// Milliseconds from the API server's response to an edit of a label until it is in force, sorted.

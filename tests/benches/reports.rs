@@ -1,4 +1,4 @@
-//! What the reports of many nodes cost the API server.
+//! The cost of many nodes' reports for the API server.
 //!
 //! Simulated agents write with the agent's own code, each over a connection of its own. Every agent's report changes at
 //! the same moment, as when a policy that selects pods of every node is edited.
@@ -37,7 +37,7 @@ const EDITS: i64 = 7;
 const IDLE: Duration = Duration::from_secs(20);
 /// The nodes that the numbers are extrapolated to.
 const NODES: usize = 5_000;
-/// What all nodes together write in a second at most.
+/// The most that all nodes together write in a second.
 const WRITES_A_SECOND: usize = 100;
 
 fn main() {

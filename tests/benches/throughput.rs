@@ -23,7 +23,7 @@ const ROUND: Duration = Duration::from_millis(300);
 const PORT: u16 = 5201;
 const BUFFER: usize = 128 << 10;
 
-/// The first byte of a connection selects what the server does.
+/// The first byte of a connection selects the server's behaviour.
 const TAKE: u8 = b't';
 const GIVE: u8 = b'g';
 

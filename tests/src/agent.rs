@@ -484,7 +484,7 @@ fn of(pod: &Pod) -> String {
     format!("pod={}/{}", pod.namespace(), pod.name())
 }
 
-/// True if a line says that this interface is in quarantine.
+/// Whether a line says that this interface is in quarantine.
 fn is_quarantine_of(line: &str, interface: &str) -> bool {
     let field = format!("pod=interface {interface} ");
     line.contains(LOG_ENFORCING) && line.contains(&field)

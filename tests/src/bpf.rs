@@ -37,7 +37,8 @@ impl Lab {
             .join(format!("pods/{}_{}/allow", pod.namespace(), pod.name()))
     }
 
-    /// The pod's allow map, read through its pin and by its field names, with what the programs have learned.
+    /// The pod's allow map, read through its pin and by its field names, together with the addresses that the
+    /// programs have learned.
     #[track_caller]
     pub fn allowed(&self, pod: &Pod) -> BTreeMap<IpAddr, Allowed> {
         let dump = |pin: &Path| entries(&dump(&text(pin)));
@@ -170,7 +171,7 @@ fn dump(pin: &str) -> Vec<Value> {
     })
 }
 
-/// See [`Lab::rewrite`]; the map is told by its pin.
+/// See [`Lab::rewrite`]; the pin identifies the map.
 #[track_caller]
 fn rewrite(pin: &str, mut edit: impl FnMut(&[u8], &mut [u8])) {
     for entry in dump(pin) {

@@ -340,7 +340,7 @@ impl ClusterPod {
     }
 }
 
-/// Annotations with this list of what a pod may reach.
+/// Annotations with this list of destinations that a pod may reach.
 #[must_use]
 pub fn allow(entries: &str) -> Value {
     json!({ "egress-agent.dev/allow": entries })

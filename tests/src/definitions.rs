@@ -70,7 +70,7 @@ impl Response {
         self.body
     }
 
-    /// What was refused: the field, and the message.
+    /// A refusal: the field, and the message.
     pub fn causes(&self) -> Vec<(&str, &str)> {
         let causes = self.body["details"]["causes"].as_array();
         let texts = causes.into_iter().flatten().map(|cause| {
@@ -101,7 +101,7 @@ impl Types {
         content: "application/apply-patch+yaml",
         ..Self::JSON
     };
-    /// What `kubectl get` prints.
+    /// The output of `kubectl get`.
     pub const TABLE: Self = Self {
         accept: "application/json;as=Table;v=v1;g=meta.k8s.io",
         ..Self::JSON

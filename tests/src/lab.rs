@@ -497,17 +497,17 @@ impl Lab {
             .node
             .run(|| command.output())
             .expect("the agent's program runs");
-        let said = format!(
+        let printed = format!(
             "{}{}",
             String::from_utf8_lossy(&output.stdout),
             String::from_utf8_lossy(&output.stderr)
         );
         assert!(
             output.status.success(),
-            "egress-agent cleanup: {}\n{said}",
+            "egress-agent cleanup: {}\n{printed}",
             output.status
         );
-        said
+        printed
     }
 }
 

@@ -73,10 +73,10 @@ impl Lab {
     #[track_caller]
     pub fn ask_json(&self, arguments: &[&str]) -> (Option<i32>, Value) {
         let output = self.ask(&[arguments, &["--json"]].concat());
-        let said = String::from_utf8_lossy(&output.stdout);
-        let value = serde_json::from_str(&said).unwrap_or_else(|error| {
+        let printed = String::from_utf8_lossy(&output.stdout);
+        let value = serde_json::from_str(&printed).unwrap_or_else(|error| {
             let wrong = String::from_utf8_lossy(&output.stderr);
-            panic!("{arguments:?}: {error}: {said}{wrong}")
+            panic!("{arguments:?}: {error}: {printed}{wrong}")
         });
         (output.status.code(), value)
     }

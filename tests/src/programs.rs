@@ -305,7 +305,7 @@ impl Programs {
             .expect("the pod's allow map");
     }
 
-    /// Copies what was noted of the first pod's connections to the other pod that the interface has become.
+    /// Copies the flows and destinations of the first pod to the other pod that now has the interface.
     #[track_caller]
     pub fn takes_noted(&mut self) {
         let mut flows = self.flow_map_of(self.interface.pod());

@@ -25,8 +25,8 @@ impl Lab {
         let probe = self.pod("lab", "probe");
         eventually("the resolver answers", || {
             if let Some(status) = running.ended() {
-                let said = fs::read_to_string(&log).unwrap_or_default();
-                panic!("the resolver ended with {status}: {said}");
+                let log_text = fs::read_to_string(&log).unwrap_or_default();
+                panic!("the resolver ended with {status}: {log_text}");
             }
             let answer = probe.try_resolve(RESOLVER, "shop.test", RecordType::A, SHORT)?;
             (answer.code == ResponseCode::NoError).then_some(())

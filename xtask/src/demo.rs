@@ -23,7 +23,7 @@ pub(crate) struct Options {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let Options { keep, remove } = options;
-    // Before anything takes minutes.
+    // Checked before anything takes minutes.
     let runner = process::root_runner()?;
     setup::ensure(setup::Purpose::Demo)?;
     build::ebpf(Warnings::Show)?;

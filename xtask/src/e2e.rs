@@ -1,6 +1,6 @@
 //! `cargo xtask e2e`: the image, the manifests and the agent in a real cluster, on this machine.
 //!
-//! tests/e2e/node puts up the cluster and takes it down; here is what it needs.
+//! tests/e2e/node creates the cluster and removes it; this module provides what that needs.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -11,22 +11,22 @@ use crate::leftovers::Inventory;
 use crate::setup::{self, Program, Purpose, kubernetes};
 use crate::{image, process, workspace};
 
-/// The oldest version of Kubernetes that knows all that the manifests say.
+/// The oldest version of Kubernetes that knows every field of the manifests.
 const FOR_ALL_OF_THE_MANIFESTS: (u32, u32) = (1, 30);
 
-/// What this needs besides what everything needs.
+/// The programs that this command needs besides those of the others.
 const PROGRAMS: [Program; 7] = [
     Program {
         name: "containerd",
         packages: &["containerd"],
-        purpose: "what runs containers on the node",
+        purpose: "the node's container runtime",
         needed_for: Purpose::E2e,
         services: &["containerd.service"],
     },
     Program {
         name: "runc",
         packages: &["runc"],
-        purpose: "what containerd starts them with",
+        purpose: "the program with which containerd starts containers",
         needed_for: Purpose::E2e,
         services: &[],
     },
@@ -48,7 +48,7 @@ const PROGRAMS: [Program; 7] = [
     Program {
         name: "busybox",
         packages: &["busybox-static"],
-        purpose: "what the pods run",
+        purpose: "the pods' programs",
         needed_for: Purpose::E2e,
         services: &[],
     },
@@ -72,7 +72,8 @@ const PROGRAMS: [Program; 7] = [
 ///
 /// API server, controllers, scheduler and kubelet are built from Debian's sources when they are missing
 /// (some minutes, once), containerd and the network plugins are Debian's. `KUBERNETES_PROGRAMS` names a
-/// directory with those four of another version. The node lives in namespaces of its own and is gone at the end. Takes some minutes when everything is built, and needs root. Not part of
+/// directory with those four of another version. The node lives in namespaces of its own and is gone at the end. Takes
+/// some minutes when everything is built, and needs root. Not part of
 /// `cargo xtask test`.
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -105,7 +106,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         node.args(["--overlays", "--network-policy-api"]);
         node.args(["--reboot", "\"$NODE\" --reboot"]);
         if kubernetes.version < FOR_ALL_OF_THE_MANIFESTS {
-            // The API server leaves out what it does not know.
+            // The API server leaves out fields that it does not know.
             node.arg("--no-validation");
         }
     } else {

@@ -1,8 +1,7 @@
-//! `cargo xtask setup`: finds, or installs, what building and running the project needs.
+//! `cargo xtask setup`: finds, or installs, the programs and libraries that building and running the project needs.
 //!
-//! Everything is looked for first. What is missing, and what the command at hand needs, is installed:
-//! programs from the distribution's packages, the eBPF toolchain in one of the two ways
-//! [`crate::toolchain`] knows.
+//! Looks for everything first. Installs what is missing and the command at hand needs: programs from the
+//! distribution's packages, the eBPF toolchain in one of the two ways that [`crate::toolchain`] knows.
 
 pub(crate) mod apt;
 mod definitions;
@@ -30,7 +29,7 @@ pub(crate) struct Options {
     purpose: Purpose,
 }
 
-/// The commands that need more and more. Each needs what those before it need.
+/// The commands. Each needs what those before it need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub(crate) enum Purpose {
     /// `cargo xtask build`: compilers
@@ -46,13 +45,13 @@ pub(crate) enum Purpose {
 /// A program of the distribution that the project's commands run.
 pub(crate) struct Program {
     pub(crate) name: &'static str,
-    /// The packages that may hold it, the first that the distribution has is installed.
+    /// The packages that may have it. The first one that the distribution has is installed.
     pub(crate) packages: &'static [&'static str],
     pub(crate) purpose: &'static str,
     /// The first command that needs it.
     pub(crate) needed_for: Purpose,
-    /// What a package of its would start, now and at every boot. It is masked first: the tests start
-    /// the program themselves, and nothing else is to listen on the machine for their sake.
+    /// Services that its package would start, now and at every boot. They are masked first: the tests start the
+    /// program themselves, and nothing else should listen on the machine because of them.
     pub(crate) services: &'static [&'static str],
 }
 
@@ -132,7 +131,7 @@ const PROGRAMS: [Program; 21] = [
     Program {
         name: "nft",
         packages: &["nftables"],
-        purpose: "what dnsmasq fills, to compare with",
+        purpose: "the sets that dnsmasq fills, to compare with",
         needed_for: Purpose::Test,
         services: &[],
     },
@@ -245,7 +244,7 @@ pub(crate) fn ensure(purpose: Purpose) -> Result<()> {
     Ok(())
 }
 
-/// Says what is about to be installed, before the first minute of it.
+/// Announces what will be installed, before it takes minutes.
 fn announce(purpose: Purpose) {
     let missing = missing(purpose);
     if missing.is_empty() {
@@ -281,7 +280,7 @@ fn check(purpose: Purpose) -> Result<()> {
     );
 }
 
-/// What a command needs and is missing.
+/// What a command needs and lacks.
 fn missing(purpose: Purpose) -> Vec<String> {
     let programs = PROGRAMS
         .iter()
@@ -378,7 +377,7 @@ fn install_missing(wanted: &[&'static Program]) -> Result<()> {
     Ok(())
 }
 
-/// Keeps the program's services from being started, where there is a systemd to start them.
+/// Masks the program's services before they can be started, where there is a systemd.
 fn mask(program: &Program) -> Result<()> {
     if program.services.is_empty() || process::find("systemctl").is_none() {
         return Ok(());
@@ -398,7 +397,7 @@ fn missing_programs(wanted: &'static [Program]) -> Vec<&'static Program> {
 
 fn is_usable(name: &str) -> bool {
     process::find(name).is_some_and(|path| {
-        // Only bpftool can be there and not work.
+        // Only bpftool can be installed and not work.
         name != "bpftool" || process::succeeds(Command::new(path).arg("version"))
     })
 }

@@ -82,7 +82,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     } = options;
     let all = !unit && !system;
     if all || *system {
-        // Before anything takes minutes.
+        // Checked before anything takes minutes.
         process::root_runner().context(
             "the kernel and system tests need root; `cargo xtask test --unit` runs the others",
         )?;

@@ -1,4 +1,4 @@
-//! Requests to the running agent, and the layout of what it answers.
+//! Requests to the running agent, and the layout of its answers.
 
 use std::{
     fmt::Write as _,

@@ -48,8 +48,8 @@ enum Command {
     ///
     /// Reads those of Kubernetes, Cilium, Calico, Antrea, GKE, Amazon EKS, OVN-Kubernetes and Istio, and rule files.
     /// Writes YAML to standard output, with a comment for each difference in meaning. A rule without a
-    /// counterpart is left out or refused, with a line on standard error. Exits with 1 if a file cannot be read, or if there is
-    /// nothing to import. docs/import.md has what becomes of each kind.
+    /// counterpart is left out or refused, with a line on standard error. Exits with 1 if a file cannot be read, or if
+    /// there is nothing to import. docs/import.md describes how each kind is translated.
     Import(ImportArgs),
     /// Print the state of the running agent and its pods, or of one pod and the names that it has resolved.
     Status(StatusArgs),

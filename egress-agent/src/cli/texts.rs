@@ -1,6 +1,6 @@
 //! The texts of files that a command is given.
 //!
-//! What is read is bounded, so that a mistyped path, such as a device or a whole file system, ends with an error.
+//! The input is bounded, so that a mistyped path, such as a device or a whole file system, ends with an error.
 
 use std::{
     fs::{self, File},
@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail};
 /// The name of standard input among the arguments.
 const STANDARD_INPUT: &str = "-";
 
-/// What is read at most.
+/// Limits on the input.
 #[derive(Clone, Copy, Debug)]
 struct Limits {
     /// Bytes of one file.
@@ -41,8 +41,8 @@ pub(super) struct Text {
     pub(super) text: String,
 }
 
-/// Reads files, standard input for `-`, and directories with their subdirectories. Of a directory, files whose names
-/// end so are read. Returns also what could not be read.
+/// Reads files, standard input for `-`, and directories with their subdirectories. In a directory, reads only files
+/// whose names have one of the extensions. Returns the errors of files that could not be read, too.
 pub(super) fn read(paths: &[PathBuf], extensions: &[&str]) -> (Vec<Text>, Vec<anyhow::Error>) {
     read_within(paths, extensions, LIMITS)
 }

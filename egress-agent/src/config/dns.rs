@@ -1,4 +1,4 @@
-//! Resolvers, and what becomes of their responses: `dns`.
+//! Resolvers, and how their responses are handled: `dns`.
 
 use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
 
@@ -17,7 +17,7 @@ use egress_policy::{Autopath, InternalAnswers, Resolver, exact_name, name_patter
 /// Most names that may lead to internal addresses: each response is compared with all of them.
 const INTERNAL_ANSWERS: usize = 256;
 
-/// Resolvers, and what becomes of their responses.
+/// Resolvers, and how their responses are handled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Dns {
     /// The resolvers that pods may ask, besides those that the cluster names. Without a cluster there is at
@@ -114,7 +114,7 @@ pub(super) struct Section {
     grace: Duration,
     #[serde(deserialize_with = "internal_answers")]
     internal_answers: InternalAnswers,
-    #[serde(deserialize_with = "read::truth")]
+    #[serde(deserialize_with = "read::boolean")]
     guard: bool,
     #[serde(deserialize_with = "read::word")]
     autopath: Autopath,

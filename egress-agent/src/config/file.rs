@@ -80,7 +80,7 @@ impl Default for File {
 
 impl File {
     pub(super) fn parse(text: &str) -> Result<Self, ConfigError> {
-        // Otherwise `off` would be a truth value, as it was in YAML 1.1.
+        // Otherwise `off` would be a boolean, as it was in YAML 1.1.
         let options = serde_saphyr::options! { strict_booleans: true };
         let mut track = Track::new();
         let read = with_deserializer_from_str_with_options(text, options.clone(), |deserializer| {
@@ -116,7 +116,7 @@ fn explained(error: &serde_saphyr::Error, place: Option<Place>, path: &Path) -> 
     }
 }
 
-/// What is wrong with a key or its value; nothing if the text is not YAML.
+/// The error about a key or its value; `None` if the text is not YAML.
 fn message(error: &serde_saphyr::Error) -> Option<String> {
     use serde_saphyr::Error;
     match error {

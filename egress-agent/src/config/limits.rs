@@ -1,4 +1,4 @@
-//! Sizes and times that bound what a pod can have: `limits`.
+//! Limits of a pod: `limits`.
 
 use std::time::Duration;
 

@@ -24,7 +24,7 @@
 //!   maxTtl: 24h
 //!   grace: 30s
 //!   internalAnswers: []         # names that may lead to internal addresses, or all
-//!   guard: true                 # refuse questions for names that no entry could allow
+//!   guard: true                 # refuse queries for names that no entry could allow
 //!   autopath: auto              # auto | on | off: whether resolvers walk search lists
 //!   learn: agent                # agent | kernel: who reads responses to names that are decided
 //!   refusal: nxdomain           # nxdomain | refused
@@ -53,7 +53,6 @@
 //! `file` has the keys, and turns serde's errors into [`ConfigError`]. `written` and `read` read single values. Each
 //! section of the file has a module.
 
-mod absence;
 mod dns;
 mod error;
 mod file;
@@ -63,6 +62,7 @@ mod protected;
 mod ranges;
 mod read;
 mod tunnels;
+mod when_agent_down;
 mod written;
 
 use std::{
@@ -79,7 +79,6 @@ use egress_common::{
     translation::range_kind,
 };
 
-pub use absence::{Undecided, WhenAgentDown};
 pub use dns::{Dns, Learn, Refusal};
 pub use error::{ConfigError, Place};
 use file::File;
@@ -88,6 +87,7 @@ pub use node::{Cluster, DEFAULT_SOCKET, Nodes, Quarantine, Serve};
 pub use protected::PROTECTED;
 pub use ranges::Ranges;
 pub use tunnels::{TUNNELS, Tunnel};
+pub use when_agent_down::{Undecided, WhenAgentDown};
 
 use egress_policy::{Mode, PodAnnotations, Prefix, Settings, prefix::inherit, services::Places};
 
@@ -98,19 +98,19 @@ pub struct Config {
     pub node: String,
     /// Mode of pods without annotations.
     pub default_mode: Mode,
-    /// What a pod's own annotations may do.
+    /// The power of a pod's own annotations.
     pub pod_annotations: PodAnnotations,
     /// Kinds of addresses.
     pub ranges: Ranges,
-    /// Resolvers, and what becomes of their responses.
+    /// Resolvers, and how their responses are handled.
     pub dns: Dns,
-    /// What becomes of DNS while no agent runs.
+    /// How DNS is treated while no agent runs.
     pub when_agent_down: WhenAgentDown,
-    /// What a denied packet gets.
+    /// How a denied packet is answered.
     pub on_deny: OnDeny,
-    /// What becomes of a pod with an interface that cannot be enforced.
+    /// How a pod is treated that has an interface which cannot be enforced.
     pub unenforced_interfaces: UnenforcedInterfaces,
-    /// What becomes of connections that pods have opened before they were enforced.
+    /// How connections are treated that pods opened before they were enforced.
     pub existing_connections: ExistingConnections,
     /// Where the agent keeps state that has to survive a reboot.
     pub state_dir: PathBuf,
@@ -120,13 +120,13 @@ pub struct Config {
     pub limits: Limits,
     /// Where the agent finds facts of the cluster.
     pub cluster: Cluster,
-    /// What becomes of an interface whose pod is not known yet.
+    /// How an interface is treated whose pod is not known yet.
     pub quarantine: Quarantine,
     /// Where the agent answers questions about itself.
     pub serve: Serve,
 }
 
-/// What a denied packet gets.
+/// How a denied packet is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnDeny {
     /// Nothing: the program waits until its own time-out.
@@ -135,7 +135,7 @@ pub enum OnDeny {
     Reject,
 }
 
-/// What becomes of a pod with an interface that cannot be enforced, beside those that are.
+/// How a pod is treated that has, besides enforced interfaces, one that cannot be enforced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UnenforcedInterfaces {
     /// It is reported.
@@ -144,12 +144,12 @@ pub enum UnenforcedInterfaces {
     Refuse,
 }
 
-/// What becomes of connections that were open before a pod was enforced.
+/// How connections are treated that were open before a pod was enforced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExistingConnections {
-    /// The pod's policy judges those that the pod has opened; those that others have opened go on.
+    /// The pod's policy judges those that the pod opened; those that others opened are kept.
     Judge,
-    /// All go on, once on each node.
+    /// All are kept, once on each node.
     Trust,
     /// The pod's policy judges all of them.
     End,

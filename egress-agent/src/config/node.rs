@@ -1,4 +1,4 @@
-//! What the configuration says about the cluster and the machine.
+//! The settings for the cluster and the machine.
 
 use std::{net::SocketAddr, path::PathBuf};
 
@@ -9,7 +9,7 @@ use super::{
     written::value,
 };
 
-/// The Unix socket of an agent that is not told another one.
+/// The Unix socket, unless the configuration names another one.
 pub const DEFAULT_SOCKET: &str = "/run/egress-agent/agent.sock";
 
 /// Names of interfaces, or of the bridges they are in, that do not belong to pods: those of Docker, libvirt, LXD
@@ -52,12 +52,12 @@ impl Word for Nodes {
     const WORDS: &'static [(&'static str, Self)] = &[("all", Self::All), ("own", Self::Own)];
 }
 
-/// What becomes of an interface whose pod is not known yet.
+/// How an interface is treated whose pod is not known yet.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Quarantine {
     /// Whether it is closed to the outside.
-    #[serde(deserialize_with = "read::truth")]
+    #[serde(deserialize_with = "read::boolean")]
     pub enabled: bool,
     /// Patterns (`*` stands for any text) of interfaces that do not belong to pods. They are compared with the
     /// interface's name and with the name of the bridge it is in.

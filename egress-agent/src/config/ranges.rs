@@ -20,7 +20,7 @@ pub struct Ranges {
     #[serde(skip)]
     pub services: Vec<Prefix>,
     /// Whether they pass unless denied.
-    #[serde(deserialize_with = "read::truth")]
+    #[serde(deserialize_with = "read::boolean")]
     pub allow_internal: bool,
     /// What needs an address entry to internal addresses, because a machine there may unpack it.
     #[serde(deserialize_with = "tunnels")]

@@ -68,9 +68,9 @@ pub(super) fn word<'de, D: Deserializer<'de>, T: Word>(deserializer: D) -> Resul
 }
 
 /// `true` or `false`.
-pub(super) fn truth<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+pub(super) fn boolean<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
     value(deserializer, |written| match written {
-        Written::Bool(truth) => Ok(*truth),
+        Written::Bool(value) => Ok(*value),
         _ => Err("is neither true nor false".into()),
     })
 }

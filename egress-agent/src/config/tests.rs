@@ -28,7 +28,7 @@ fn prefix(text: &str) -> Prefix {
     Prefix::parse(text).unwrap()
 }
 
-/// What the kernel's longest-prefix match would say.
+/// The kinds that the kernel's longest-prefix match would find.
 fn kinds(config: &Config, ip: IpAddr) -> u64 {
     let found = |address: Address| {
         let differing = |network| u128::from_be_bytes(network) ^ u128::from_be_bytes(address);

@@ -21,7 +21,8 @@ pub enum Tunnel {
     Other,
 }
 
-/// Tunnels that the kernel or a program of a usual cluster unpacks for every sender, each with its name. `WireGuard`, IPsec over UDP and other tunnels that ask for a key are not among them.
+/// Tunnels that the kernel or a program of a usual cluster unpacks for every sender, each with its name. `WireGuard`,
+/// IPsec over UDP and other tunnels that ask for a key are not among them.
 pub const TUNNELS: &[(Tunnel, &str)] = &[
     (
         Tunnel::Other,

@@ -93,7 +93,7 @@ pub(super) fn section<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
     deserializer.deserialize_any(ShapeVisitor(Section(PhantomData)))
 }
 
-/// What a key takes: one value, a list or a mapping.
+/// The form of a key's value: one value, a list or a mapping.
 trait Shape<'de>: Sized {
     type Value;
 
@@ -177,7 +177,7 @@ impl<'de, T: Default + Deserialize<'de>> Shape<'de> for Section<T> {
     }
 }
 
-/// Puts the value in front of what is wrong with it.
+/// Puts the value in front of its problem.
 fn shown<T, E: serde::de::Error>(
     written: &Written,
     read: impl FnOnce(&Written) -> Result<T, String>,

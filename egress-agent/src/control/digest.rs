@@ -11,7 +11,7 @@ use egress_policy::objects::Objects;
 /// Longest name of an `EgressSet` (an RFC 1123 subdomain).
 const SET_NAME_MAX: usize = 253;
 
-/// The digest of what a pod's policy is compiled from, as [`of_parts`] makes it.
+/// The digest of the inputs of a pod's policy, as [`of_parts`] makes it.
 pub(in crate::control) fn of_pod(pod: &Pod) -> [u8; 32] {
     of_parts(&pod.annotations, &pod.namespace_annotations, &pod.objects)
 }
@@ -40,7 +40,7 @@ pub(in crate::control) fn of_parts(
     hasher.finalize().into()
 }
 
-/// The sets whose names are in the pod's entries, perhaps with others whose names these begin with.
+/// The sets that the pod's entries name. Sets whose names are prefixes of those may be among them.
 pub(in crate::control) fn used_sets_of(pod: &Pod) -> BTreeMap<&String, &Vec<String>> {
     let annotations = pod.annotations.values();
     used_sets(
@@ -49,7 +49,7 @@ pub(in crate::control) fn used_sets_of(pod: &Pod) -> BTreeMap<&String, &Vec<Stri
     )
 }
 
-/// The sets whose names are in these annotations and objects, perhaps with others whose names these begin with.
+/// The sets that these annotations and objects name. Sets whose names are prefixes of those may be among them.
 pub(in crate::control) fn used_sets<'a>(
     annotations: impl Iterator<Item = &'a String>,
     objects: &'a Objects,
@@ -67,7 +67,7 @@ pub(in crate::control) fn used_sets<'a>(
     let texts = annotations
         .chain(of_policies)
         .chain(rules.flat_map(|rule| &rule.entries));
-    // A look at each set would take longer with each of them.
+    // Searching the texts for each set would take time in proportion to the number of sets.
     let after_signs = texts.flat_map(|text| text.match_indices('@').map(|(at, _)| &text[at + 1..]));
     let is_of_name = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.';
     let names = after_signs.flat_map(|rest| {
@@ -86,7 +86,7 @@ pub(in crate::control) fn of_annotations(
 ) -> [u8; 32] {
     let mut hasher = Sha256::new();
     for annotations in [own, namespace] {
-        // With the lengths, the same bytes divided otherwise have another digest.
+        // The lengths make sure that the same bytes divided differently have another digest.
         hasher.update((annotations.len() as u64).to_be_bytes());
         for text in annotations.iter().flat_map(|(key, value)| [key, value]) {
             hasher.update((text.len() as u64).to_be_bytes());
@@ -96,7 +96,7 @@ pub(in crate::control) fn of_annotations(
     hasher.finalize().into()
 }
 
-/// The fingerprint of what the kernel's maps `ranges` and `tunnels` say under this configuration. Resolvers are
+/// The fingerprint of the kernel's maps `ranges` and `tunnels` under this configuration. Resolvers are
 /// left out: DNS is held before flows are looked at, so flows need not be judged again because of them.
 pub(in crate::control) fn of_ranges(config: &Config) -> u64 {
     let mut tunnels = config.tunnels();

@@ -1,8 +1,8 @@
-//! Keeps what is enforced equal to what should be: pods and their annotations on one side, the kernel and the gate on
-//! the other.
+//! The control loop: makes what is enforced equal to what should be. One side is pods and their annotations, the
+//! other the kernel and the gate.
 //!
 //! Whatever happens (a manifest changes, an interface appears, a second passes) leads to the same
-//! [reconcile](reconcile::Reconciler::reconcile). It looks at everything and takes four steps:
+//! [reconcile](reconcile::Reconciler::reconcile), which takes four steps:
 //!
 //! ```text
 //!  source of pods ─┐
@@ -16,19 +16,20 @@
 //! | [`observe`] | reads the pods, where they are, and what their annotations mean |
 //! | [`plan`] | decides what is to be done; a pure function |
 //! | [`apply`] | does it; only this step changes the kernel and asks the gate |
-//! | [`publish`] | tells people and the other threads |
+//! | [`publish`] | publishes the result to people and to the other threads |
 //! | [`start`], [`stop`] | what comes before the first reconcile, and after the last |
-//! | [`wake`] | how often events may lead to a reconcile before its second has passed |
-//! | [`settings`], [`reload`] | what the operator and the cluster say, and taking on other settings |
-//! | [`inherited`] | ranges and resolvers that stay in force until the cluster has said everything |
+//! | [`pace`] | limits how often events start a reconcile |
+//! | [`settings`], [`reload`] | the settings of the operator and of the cluster, and changing them |
+//! | [`inherited_ranges`] | ranges and resolvers that stay in force until the cluster has reported its own |
 //! | [`state_dir`] | files that one agent leaves to the next |
 //!
 //! Events are hints: losing one delays a change until the next second.
 
 mod apply;
 mod digest;
-mod inherited;
+mod inherited_ranges;
 mod observe;
+mod pace;
 mod plan;
 mod publish;
 mod readiness;
@@ -38,7 +39,6 @@ mod settings;
 mod start;
 mod state_dir;
 mod stop;
-mod wake;
 
 use std::{path::PathBuf, time::Duration};
 
@@ -51,20 +51,20 @@ use crate::{
     gate::DnsSettings,
 };
 use observe::backoff::{RETRY_MIN, longer};
+use pace::Pace;
 use plan::wanted::mapped;
 use readiness::Readiness;
-use start::{Agent, Signals, Told};
-use wake::pace::Pace;
+use start::{Agent, SignalRequest, Signals};
 
-/// How often everything is looked at, whether or not something happened.
+/// How often the loop reconciles, whether or not anything has happened.
 const RECONCILE_EVERY: Duration = Duration::from_secs(1);
 
-/// How often, at most, everything is looked at because filters have changed: whoever changes them
-/// all the time must not keep the agent busy.
+/// How often, at most, changed filters start a reconcile: whoever changes them all the time must not keep the agent
+/// busy.
 const FILTERS_EVERY: Duration = Duration::from_millis(50);
 
-/// How often, at most, everything is looked at because interfaces have changed: a pod changes its own as
-/// often as it likes. Making a pod's network changes them a few times, and then nothing waits.
+/// How often, at most, changed interfaces start a reconcile: a pod can change its own as often as it likes. Making a
+/// pod's network changes a few at once, which starts one without a wait.
 const LINKS_EVERY: Duration = Duration::from_millis(100);
 const LINKS_AT_ONCE: u32 = 16;
 
@@ -129,7 +129,7 @@ async fn reconcile_until_stopped(
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut sweep = interval(SWEEP_EVERY);
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    // How long to wait for what is expected.
+    // How long to wait before looking again for something that is expected.
     let mut wait = RETRY_MIN;
     let mut filters_looked = Instant::now();
     let mut link_pace = Pace::new(LINKS_EVERY, LINKS_AT_ONCE, filters_looked);
@@ -151,8 +151,8 @@ async fn reconcile_until_stopped(
         }
         tokio::select! {
             biased;
-            // When many pods come or go a reconcile takes seconds. What is broken off is in the
-            // kernel or is not: everything is removed now, or the next agent looks at it.
+            // When many pods come or go, a reconcile takes seconds, so it may be cancelled. Each of its changes is
+            // then either in the kernel or not: now everything is removed, or the next agent finds it there.
             () = signals.stop() => return Ok(None),
             () = reconciler.reconcile(&snapshot) => {}
         }
@@ -162,16 +162,16 @@ async fn reconcile_until_stopped(
         }
         // Only now: what was denied while no agent ran belongs to pods that have just become known.
         if threads.read_denials()? {
-            reconciler.applier.drop_orphans();
+            reconciler.applier.remove_orphans();
         }
         readiness = readiness.next(reconciler, &snapshot);
         let again = Instant::now() + reconciler.observer.look_again(wait);
-        // When to look because interfaces have changed.
+        // When changed interfaces may start the next reconcile.
         let mut links_due: Option<Instant> = None;
         loop {
             tokio::select! {
-                told = signals.next() => {
-                    if let Told::Stop = told {
+                request = signals.next() => {
+                    if let SignalRequest::Stop = request {
                         return Ok(None);
                     }
                     match &options.config_file {
@@ -195,7 +195,7 @@ async fn reconcile_until_stopped(
                     Err(at) => links_due = Some(at),
                 },
                 () = sleep_until(links_due.unwrap_or(again)), if links_due.is_some() => {
-                    // If it is still too early, the turn comes later.
+                    // If it is still too early, wait longer.
                     if let Err(at) = link_pace.take(Instant::now()) {
                         links_due = Some(at);
                         continue;

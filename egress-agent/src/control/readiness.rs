@@ -3,19 +3,19 @@
 use super::{apply::ranges::listed, reconcile::Reconciler};
 use crate::pods::Snapshot;
 
-/// How far the agent has got, for the log.
+/// How far the start has got, for the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Readiness {
-    /// It has not looked at anything.
+    /// Nothing has been observed.
     Begun,
-    /// It does not know yet which pods there are, and has logged that.
+    /// The agent does not know yet which pods there are, and has logged that.
     Waiting,
-    /// It has dealt with the pods that there are, and has logged that.
+    /// The agent has dealt with the pods that there are, and has logged that.
     Ready,
 }
 
 impl Readiness {
-    /// After a reconcile with this snapshot.
+    /// The state after a reconcile with this snapshot.
     pub(super) fn next(self, reconciler: &Reconciler, snapshot: &Snapshot) -> Self {
         // A manifest in a directory may stay unreadable for ever.
         let is_known = !reconciler.publisher.has_cluster() || !snapshot.unreadable;

@@ -1,4 +1,4 @@
-//! Taking on other settings while the agent runs: the cluster's, and those of the configuration file.
+//! Changing settings while the agent runs: the cluster's, and those of the configuration file.
 
 use std::path::Path;
 
@@ -14,8 +14,8 @@ use crate::{
 };
 
 impl Reconciler {
-    /// Takes on what the cluster says of itself. What cannot be taken on is logged, and tried again when the
-    /// cluster says something else.
+    /// Applies the facts that the cluster reports. Facts that cannot be applied are logged, and tried again when the
+    /// cluster reports others.
     pub(super) async fn learn_facts(&mut self, source: &Snapshot) {
         let (settings, facts) = (&mut self.settings, &source.facts);
         let mut inherited = settings.inherited.clone();
@@ -35,7 +35,7 @@ impl Reconciler {
             ),
             Err(error) => tracing::error!(
                 error = %format!("{error:#}"),
-                "cannot take on the cluster's addresses; the earlier ones stay"
+                "cannot apply the cluster's addresses; the earlier ones stay"
             ),
         }
     }
@@ -78,7 +78,7 @@ impl Reconciler {
     }
 }
 
-/// A key that differs and that cannot change while the agent runs.
+/// The first key that differs and that cannot change while the agent runs.
 fn fixed_key(now: &Config, next: &Config) -> Option<&'static str> {
     [
         ("node", now.node == next.node),
@@ -105,7 +105,7 @@ mod tests {
     use crate::config::Learn;
 
     #[test]
-    fn what_only_a_new_start_takes_on_is_named() {
+    fn keys_that_need_a_restart_are_named() {
         let read = |text: &str| {
             Config::from_yaml(&format!("dns: {{resolvers: [10.0.0.53]}}\nnode: a\n{text}"))
                 .expect("a configuration")

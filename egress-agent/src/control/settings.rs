@@ -1,20 +1,20 @@
-//! What the operator and the cluster say, and all together.
+//! The settings of the operator and of the cluster, and both combined.
 
 use std::sync::Arc;
 
-use super::{apply::ranges, inherited::Inherited, plan::wanted::RangesVersion};
+use super::{apply::ranges, inherited_ranges::Inherited, plan::wanted::RangesVersion};
 use crate::{config::Config, pods::Facts};
 use egress_policy::services::Places;
 
 /// The settings that are in force.
 pub(super) struct Settings {
-    /// What the operator says.
+    /// The operator's configuration.
     pub(super) configured: Config,
-    /// What the cluster said last.
+    /// The facts that the cluster reported last.
     pub(super) facts: Facts,
-    /// What an earlier agent left in force, until the cluster has said everything.
+    /// Entries that an earlier agent left in force, until the cluster has reported everything.
     pub(super) inherited: Inherited,
-    /// All together, as the kernel and the gate have them.
+    /// All combined, as the kernel and the gate have them.
     pub(super) config: Config,
     /// The ranges that are in force.
     pub(super) ranges: RangesVersion,

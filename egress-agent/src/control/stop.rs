@@ -34,17 +34,17 @@ pub(super) async fn stop(
     let open_questions = threads.join();
     let bpffs = reconciler.applier.close();
     if let Some(failure) = failure {
-        bail!("{failure}; what is enforced stays enforced");
+        bail!("{failure}; enforced pods stay enforced");
     }
     let Ok(open_questions) = open_questions else {
-        bail!("the gate's thread has panicked; what is enforced stays enforced");
+        bail!("the gate's thread has panicked; enforced pods stay enforced");
     };
     if removes {
         datapath::cleanup(&bpffs, Some(only))?;
         tracing::info!("stopped; nothing is enforced any more");
     } else {
         handover::leave(&options.config, open_questions);
-        tracing::info!("stopped; what is enforced stays enforced");
+        tracing::info!("stopped; enforced pods stay enforced");
     }
     Ok(())
 }

@@ -213,15 +213,18 @@ mod tests {
     #[test]
     fn the_error_names_a_missing_structure_or_field() {
         let types = this_kernel();
-        let said = |structure, field| {
+        let error_of = |structure, field| {
             let error = types.field(structure, field).expect_err("not there");
             error.to_string()
         };
         assert_eq!(
-            said("sk_buff", "color"),
+            error_of("sk_buff", "color"),
             "the kernel's `struct sk_buff` has no field `color`"
         );
-        assert_eq!(said("sk_buf", "len"), "the kernel has no `struct sk_buf`");
+        assert_eq!(
+            error_of("sk_buf", "len"),
+            "the kernel has no `struct sk_buf`"
+        );
         assert_eq!(types.find("sk_buff", "color").expect("a structure"), None);
     }
 

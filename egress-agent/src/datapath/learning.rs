@@ -1,4 +1,4 @@
-//! What the programs need to pass DNS on without the agent: decided names, learned addresses and open queries.
+//! The maps by which the programs pass DNS on without the agent: decided names, learned addresses and open queries.
 
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, HashMap, Map, MapData, MapError};
@@ -75,7 +75,7 @@ impl LearningMaps {
         Ok(())
     }
 
-    /// What the programs have learned about an address.
+    /// The entry of an address that the programs have learned.
     ///
     /// # Errors
     ///
@@ -88,7 +88,7 @@ impl LearningMaps {
         }
     }
 
-    /// When each address expires that the programs have learned, and the id of the name by which.
+    /// When each address expires that the programs have learned, and the id of the name that resolved to it.
     ///
     /// # Errors
     ///

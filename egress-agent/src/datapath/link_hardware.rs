@@ -48,7 +48,7 @@ impl LinkHardwareMap {
     /// # Errors
     ///
     /// When the map cannot be written.
-    pub fn release(&mut self, ifindex: IfIndex) -> Result<()> {
+    pub fn unbind(&mut self, ifindex: IfIndex) -> Result<()> {
         ignore_missing(self.0.remove(&ifindex)).context("cannot write the map `link_hardware`")
     }
 }

@@ -109,7 +109,7 @@ impl Datapath {
     ///
     /// When a pin, a filter, or its element in the stamp check cannot be removed.
     pub fn detach(&mut self, ifindex: IfIndex) -> Result<()> {
-        self.release_stamps(ifindex)?;
+        self.exempt_from_stamps(ifindex)?;
         let links = self.layout.links();
         // After its pin is removed, the kernel detaches a link with a delay; after its last descriptor is
         // closed, at once.

@@ -267,11 +267,14 @@ mod tests {
     fn the_error_about_an_old_kernel_names_what_it_lacks() {
         assert!(check_kernel(OLDEST_KERNEL).is_ok());
         assert!(check_kernel(KernelVersion::new(6, 18, 44)).is_ok());
-        let said = check_kernel(KernelVersion::new(5, 4, 278))
+        let message = check_kernel(KernelVersion::new(5, 4, 278))
             .expect_err("5.4 has no ring buffers")
             .to_string();
         for expected in ["5.4.278", "too old", "ring buffers", "5.10"] {
-            assert!(said.contains(expected), "{expected} is missing: {said}");
+            assert!(
+                message.contains(expected),
+                "{expected} is missing: {message}"
+            );
         }
     }
 }

@@ -60,7 +60,7 @@ pub use ranges::{RangeEntry, prefix_of};
 pub use rings::{DenialRing, HeldFrame, HeldRing, NoteRing};
 pub use stamp_check::{Looked, TABLE as STAMP_TABLE, Unstamped, WithoutStamp};
 pub use trace::TraceLog;
-pub use unused::{Dropping, Unused};
+pub use unused::{Removal, Unused};
 pub use view::View;
 
 /// Whether a BPF program with this prefix in its name is loaded on this machine.

@@ -45,9 +45,9 @@ const EVERY_PROTOCOL: u16 = 3u16.to_be();
 /// A side of an interface to which filters are attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Side {
-    /// What the interface receives.
+    /// Packets that the interface receives.
     Ingress,
-    /// What it sends.
+    /// Packets that it sends.
     Egress,
 }
 

@@ -39,13 +39,13 @@ impl Unused {
 }
 
 /// Maps that a thread takes out of the maps of maps, which waits for grace periods of the kernel.
-pub struct Dropping {
+pub struct Removal {
     unused: Vec<Unused>,
     thread: JoinHandle<Vec<Result<()>>>,
 }
 
-impl Dropping {
-    /// Whether [`Datapath::end_dropping`] need not wait.
+impl Removal {
+    /// Whether [`Datapath::end_removal`] need not wait.
     pub fn is_finished(&self) -> bool {
         self.thread.is_finished()
     }
@@ -54,29 +54,29 @@ impl Dropping {
 impl Datapath {
     /// Removes maps that are not used any more, and returns the result for each. No interface may refer to
     /// them.
-    pub fn drop_unused(&mut self, unused: &[Unused]) -> Vec<Result<()>> {
+    pub fn remove_unused(&mut self, unused: &[Unused]) -> Vec<Result<()>> {
         let taken_out = take_out(&self.outer, unused);
         self.forget(unused, taken_out)
     }
 
-    /// Begins to remove maps that are not used any more; [`Self::end_dropping`] does the rest.
+    /// Begins to remove maps that are not used any more; [`Self::end_removal`] does the rest.
     ///
     /// # Errors
     ///
     /// When the thread cannot be started. Nothing has been removed then.
-    pub fn begin_dropping(&self, unused: &[Unused]) -> Result<Dropping> {
+    pub fn begin_removal(&self, unused: &[Unused]) -> Result<Removal> {
         let (outer, unused) = (Arc::clone(&self.outer), unused.to_vec());
         let removed = unused.clone();
         let thread = thread::Builder::new()
             .name("unused".into())
             .spawn(move || take_out(&outer, &removed))
             .context("cannot start a thread that removes maps")?;
-        Ok(Dropping { unused, thread })
+        Ok(Removal { unused, thread })
     }
 
     /// Waits until these maps are removed; returns the result for each.
-    pub fn end_dropping(&mut self, dropping: Dropping) -> Vec<(Unused, Result<()>)> {
-        let Dropping { unused, thread } = dropping;
+    pub fn end_removal(&mut self, removal: Removal) -> Vec<(Unused, Result<()>)> {
+        let Removal { unused, thread } = removal;
         let taken_out = thread.join().unwrap_or_else(|panic| resume_unwind(panic));
         let dropped = self.forget(&unused, taken_out);
         unused.into_iter().zip(dropped).collect()

@@ -1,5 +1,5 @@
-//! Carries what a pod has learned over to a new version of its policy, a part at a time: a pod may have learned very
-//! many addresses, and the gate has other pods to serve meanwhile.
+//! Carries the addresses that a pod has learned over to a new version of its policy, a part at a time: a pod may have
+//! learned very many addresses, and the gate has other pods to serve meanwhile.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -34,7 +34,8 @@ pub(super) struct CarryOver {
     nameless: usize,
 }
 
-/// What the rules of a policy give to names, each name looked up once: many addresses may have the same names.
+/// The classes that the rules of a policy give to names, each name looked up once: many addresses may have the same
+/// names.
 #[derive(Default)]
 struct Grants(HashMap<Arc<Name>, Grant>);
 
@@ -67,14 +68,14 @@ impl Table {
         now_ns: u64,
     ) -> Result<Self, AllowError> {
         let mut carry = CarryOver::begin(self, rules, alike, allow, now_ns)?;
-        while !carry.go_on(self, rules, allow, now_ns, usize::MAX)? {}
+        while !carry.carry_part(self, rules, allow, now_ns, usize::MAX)? {}
         Ok(carry.next)
     }
 }
 
 impl CarryOver {
-    /// Begins to carry over to a version with these rules what the table `before` has. The table must stay as it is
-    /// until the end.
+    /// Begins to carry the contents of the table `before` over to a version with these rules. The table must not
+    /// change until the end.
     ///
     /// `alike` means that the rules give the same to each name as the earlier ones. Entries of an earlier agent whose
     /// names were not kept are then carried over, too.
@@ -115,7 +116,7 @@ impl CarryOver {
     /// # Errors
     ///
     /// When the map cannot be written.
-    pub(super) fn go_on(
+    pub(super) fn carry_part(
         &mut self,
         before: &mut Table,
         rules: &NameRules,
@@ -247,7 +248,7 @@ fn fitting(
         .filter(|answered| answered.expires_ns > now_ns)
         .map(|answered| answered.address)
         .collect();
-    // All other cases need a look at each address.
+    // All other cases require a check of each address.
     if before.addresses.len() + unlisted.len() <= allow.capacity() {
         return Ok(None);
     }

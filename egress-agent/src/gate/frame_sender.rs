@@ -118,11 +118,11 @@ impl FrameSender {
     }
 
     /// Assigns the interface to a pod.
-    pub(super) fn attach(&mut self, ifindex: IfIndex, pod: PodId, identity: &Arc<PodIdentity>) {
+    pub(super) fn assign(&mut self, ifindex: IfIndex, pod: PodId, identity: &Arc<PodIdentity>) {
         // The frames that wait for the earlier pod were decided by its rules.
         let before = self.ports.get(&ifindex).map(|port| port.pod);
         if let Some(before) = before.filter(|before| *before != pod && self.is_slow(*before)) {
-            let lost = self.senders.detach(before, ifindex);
+            let lost = self.senders.drop_frames_of(before, ifindex);
             note_lost(&mut self.ports, lost, &self.stats);
         }
         let port = self
@@ -134,7 +134,7 @@ impl FrameSender {
     }
 
     /// Removes the interface from the pod. Does nothing if it belongs to another pod by now.
-    pub(super) fn detach(&mut self, ifindex: IfIndex, pod: PodId) {
+    pub(super) fn unassign(&mut self, ifindex: IfIndex, pod: PodId) {
         if self.ports.get(&ifindex).is_none_or(|port| port.pod != pod) {
             return;
         }
@@ -142,7 +142,7 @@ impl FrameSender {
             return;
         };
         if self.is_slow(pod) {
-            let mut lost = self.senders.detach(pod, ifindex);
+            let mut lost = self.senders.drop_frames_of(pod, ifindex);
             port.note_lost(lost.remove(&ifindex), &self.stats);
             note_lost(&mut self.ports, lost, &self.stats);
         }
@@ -154,7 +154,7 @@ impl FrameSender {
         }
     }
 
-    /// Forgets a pod that has gone; its interfaces are detached.
+    /// Forgets a pod that is gone; its interfaces are no longer assigned to it.
     pub(super) fn forget(&mut self, pod: PodId) {
         if self.paces.remove(&pod).is_some_and(|pace| pace.is_slow()) {
             self.senders.forget(pod);
@@ -167,7 +167,8 @@ impl FrameSender {
         self.senders.have_lost_one()
     }
 
-    /// Queues a frame for the pod on one of its interfaces. It is not sent if the interface is another pod's. The caller may change the returned bytes, which will be sent.
+    /// Queues a frame for the pod on one of its interfaces. It is not sent if the interface is another pod's. The
+    /// caller may change the returned bytes, which will be sent.
     pub(super) fn deliver(&mut self, (ifindex, pod): (IfIndex, PodId), frame: &[u8]) -> &mut [u8] {
         self.decided += 1;
         self.add(ifindex, Some(pod), self.marks.deliver, frame)
@@ -185,8 +186,8 @@ impl FrameSender {
         self.add(ifindex, None, self.marks.again, frame);
     }
 
-    /// Queues a query of the pod whose name is decided now: `from_pod` judges it again and lets it pass. Returns the frame
-    /// in the queue.
+    /// Queues a query of the pod whose name is decided now: `from_pod` judges it again and lets it pass. Returns the
+    /// frame in the queue.
     pub(super) fn ask_again(
         &mut self,
         (ifindex, pod): (IfIndex, PodId),

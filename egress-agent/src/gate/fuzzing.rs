@@ -41,7 +41,7 @@ pub fn treat(frame: &[u8]) {
 ///
 /// When the pod would read other content than the gate judged.
 pub fn reassemble(recipe: &[u8]) {
-    let _ = fragments::made::reassemble(recipe);
+    let _ = fragments::simulation::reassemble(recipe);
 }
 
 /// Follows a connection with a resolver whose two ends send according to a recipe.
@@ -111,7 +111,7 @@ mod tests {
         let mut put_back = 0;
         for seed in std::fs::read_dir(seeds).unwrap() {
             let recipe = std::fs::read(seed.unwrap().path()).unwrap();
-            put_back += fragments::made::reassemble(&recipe);
+            put_back += fragments::simulation::reassemble(&recipe);
         }
         assert_eq!(put_back, 9);
     }

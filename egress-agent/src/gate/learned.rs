@@ -308,7 +308,7 @@ impl Table {
         result
     }
 
-    /// Extends lifetimes to what the programs have learned.
+    /// Extends lifetimes to those that the programs have learned.
     pub(super) fn refresh(&mut self, learned: impl IntoIterator<Item = (Address, (u64, u64))>) {
         for (address, until) in learned {
             self.addresses.extend(&address, until);

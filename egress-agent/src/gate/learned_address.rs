@@ -1,4 +1,4 @@
-//! What is known about one address that a pod's resolvers returned.
+//! One address that a pod's resolvers returned: its names, classes and lifetimes.
 
 use std::sync::Arc;
 
@@ -33,7 +33,7 @@ pub(super) struct Classes {
     internal: ClassSet,
 }
 
-/// What a name gives to an address: the classes, and the subset of them that applies if it is internal.
+/// The classes that a name gives to an address, and the subset of them that applies if it is internal.
 pub(super) fn given(grant: Grant, by_stranger: bool) -> (ClassSet, ClassSet) {
     let Classes { all, internal } = Classes::given(grant, by_stranger);
     (all, internal)
@@ -168,7 +168,7 @@ impl Learned {
         None
     }
 
-    /// Extends the lifetime of the name with this id to what the programs have learned.
+    /// Extends the lifetime of the name with this id to the one that the programs have learned.
     pub(super) fn extend(&mut self, (expires_ns, id): (u64, u64)) {
         for source in &mut self.sources {
             if source.expires_ns < expires_ns && id_of(&source.name) == id {

@@ -432,7 +432,7 @@ fn addresses_that_are_carried_over_in_parts_are_those_that_are_carried_over_at_o
         let mut carry = CarryOver::begin(&before, &everything(), false, &in_parts, SECOND).unwrap();
         let mut parts = 0;
         while !carry
-            .go_on(&mut before, &everything(), &mut in_parts, SECOND, most)
+            .carry_part(&mut before, &everything(), &mut in_parts, SECOND, most)
             .unwrap()
         {
             parts += 1;

@@ -20,6 +20,7 @@ mod budget;
 mod carry_over;
 mod checksum;
 mod eviction;
+mod expired_addresses;
 mod fragments;
 mod frame_sender;
 #[cfg(any(test, fuzzing))]
@@ -29,7 +30,7 @@ mod learned;
 mod learned_address;
 mod names_kept;
 mod open_questions;
-mod past;
+
 mod pending;
 mod pod;
 mod probe;

@@ -80,7 +80,7 @@ pub(super) struct Pod {
     tallies: Tallies,
     /// The names that the programs know as decided.
     decided: DecidedNames,
-    /// When expired addresses were last removed from what the programs have learned.
+    /// When expired addresses were last removed from those that the programs have learned.
     cleaned_ns: u64,
 }
 
@@ -135,7 +135,7 @@ impl Pod {
         interfaces: &mut InterfaceMap,
         shared: &mut Shared,
     ) -> Result<()> {
-        self.break_change_off();
+        self.cancel_change();
         let from = std::mem::replace(&mut self.enforcement.interfaces, to);
         self.enforcement
             .write_interfaces(interfaces, &mut shared.frame_sender)?;
@@ -144,7 +144,7 @@ impl Pod {
             if !self.enforcement.interfaces.contains(&ifindex) {
                 shared
                     .frame_sender
-                    .detach(ifindex, self.enforcement.entry.pod());
+                    .unassign(ifindex, self.enforcement.entry.pod());
                 interfaces.remove(ifindex, self.enforcement.entry.pod())?;
             }
         }
@@ -153,13 +153,13 @@ impl Pod {
 
     /// Drops everything that waits for the pod. Returns how many messages were in its backlog, and its interfaces.
     pub(super) fn leave(mut self, shared: &mut Shared) -> (u64, Vec<IfIndex>) {
-        self.break_change_off();
+        self.cancel_change();
         self.streams.clear(&mut shared.streams);
         self.fragments.clear(&mut shared.fragments);
         let waited = self.backlog.clear(&mut shared.backlog);
         let id = self.enforcement.entry.pod();
         for ifindex in &self.enforcement.interfaces {
-            shared.frame_sender.detach(*ifindex, id);
+            shared.frame_sender.unassign(*ifindex, id);
         }
         shared.frame_sender.forget(id);
         (waited, self.enforcement.interfaces)
@@ -168,7 +168,7 @@ impl Pod {
     /// The periodic work.
     pub(super) fn tick(&mut self, shared: &mut Shared, now_ns: u64) {
         self.pending.sweep(now_ns);
-        // What is being carried over stays as it is. The programs look at the lifetimes themselves.
+        // Entries that are being carried over must not change. The programs look at the lifetimes themselves.
         if !self.is_changing()
             && let Err(error) = self.learned.expire(&mut self.enforcement, now_ns)
         {
@@ -385,7 +385,7 @@ impl Enforcement {
     ) -> Result<()> {
         for &ifindex in &self.interfaces {
             interfaces.set(ifindex, self.entry)?;
-            frame_sender.attach(ifindex, self.entry.pod(), &self.identity);
+            frame_sender.assign(ifindex, self.entry.pod(), &self.identity);
         }
         Ok(())
     }

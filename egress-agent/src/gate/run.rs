@@ -134,7 +134,7 @@ impl Runner {
             }
             // Before the backlogs: a pod within its share waits for no other pod.
             self.send();
-            decided += self.go_on_with_changes();
+            decided += self.continue_changes();
             decided += self.work_on_backlogs();
             self.send();
             let now = Instant::now();
@@ -428,7 +428,7 @@ impl Runner {
         self.turns.begin();
         pod.change(enforcement, done);
         // Most pods have learned so little that this is all.
-        pod.change_further(&mut self.interfaces, &mut self.shared);
+        pod.continue_change(&mut self.interfaces, &mut self.shared);
         pod.spend(&mut self.turns);
         if pod.is_changing() {
             self.changing.push_back(id);
@@ -437,9 +437,9 @@ impl Runner {
         }
     }
 
-    /// Goes on with changes of policies for a short while, in the order in which they began; returns the number of parts.
-    /// They wait for no share of a pod: a pod could delay the change of its own policy otherwise.
-    fn go_on_with_changes(&mut self) -> usize {
+    /// Continues changes of policies for a short while, in the order in which they began; returns the number of
+    /// parts. They do not count against the share of a pod: otherwise a pod could delay the change of its own policy.
+    fn continue_changes(&mut self) -> usize {
         let began_ns = self.turns.now_ns();
         let mut parts = 0;
         while let Some(&id) = self.changing.front() {
@@ -447,7 +447,7 @@ impl Runner {
                 self.changing.pop_front();
                 continue;
             };
-            pod.change_further(&mut self.interfaces, &mut self.shared);
+            pod.continue_change(&mut self.interfaces, &mut self.shared);
             pod.spend(&mut self.turns);
             parts += 1;
             if pod.needs_turns() {
@@ -480,7 +480,7 @@ impl Runner {
             let Some(pod) = self.pods.get_mut(id) else {
                 continue;
             };
-            pod.break_change_off();
+            pod.cancel_change();
             pod.end_learning();
             for &ifindex in pod.interfaces() {
                 match self.interfaces.release(ifindex, *id) {

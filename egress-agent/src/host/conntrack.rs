@@ -1,4 +1,4 @@
-//! What the node's connection tracking records about a pod's connections.
+//! The records of the node's connection tracking about a pod's connections.
 //!
 //! It is evidence from outside the pod. The first packet of a connection that the node sees creates the entry,
 //! and its sender defines the entry's original direction. A program in the pod can change that only with

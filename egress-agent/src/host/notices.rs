@@ -22,9 +22,8 @@ const ADDRESS_GROUPS: u32 = 0x10 | 0x100;
 const TC_GROUP: u32 = 1 << 3;
 /// `NFNLGRP_NFTABLES`, likewise.
 const RULESET_GROUP: u32 = 1 << 6;
-/// Of the kinds of messages there, those that tell that a table, a chain or a rule is gone
-/// (`include/uapi/linux/netfilter/nf_tables.h`).
-const GONE: [u8; 3] = [2, 5, 8];
+/// The kinds of messages that report a removed table, chain or rule (`include/uapi/linux/netfilter/nf_tables.h`).
+const REMOVED: [u8; 3] = [2, 5, 8];
 /// Length of `struct nlmsghdr`, and where `struct tcmsg` behind it has the interface's index.
 const HEADER: usize = 16;
 const TC_IFINDEX: usize = HEADER + 4;
@@ -136,7 +135,7 @@ impl RulesetEvents {
         while !gone {
             receive(socket, |received| {
                 // An overrun may have lost such a message.
-                gone |= received.is_none_or(|messages| tells_of_gone(messages, table));
+                gone |= received.is_none_or(|messages| report_removal(messages, table));
             })
             .await;
         }
@@ -149,10 +148,10 @@ fn terminated(table: &str) -> Vec<u8> {
 
 /// Whether one of these messages says that a part of the table is gone. A message's kind has two bytes: its
 /// subsystem and its number there.
-fn tells_of_gone(messages: &[u8], table: &[u8]) -> bool {
+fn report_removal(messages: &[u8], table: &[u8]) -> bool {
     let mut messages = each(messages);
     messages.any(|message| {
-        let is_gone = message.get(KIND).is_some_and(|kind| GONE.contains(kind));
+        let is_gone = message.get(KIND).is_some_and(|kind| REMOVED.contains(kind));
         let of = message.get(TABLE_NAME..).unwrap_or_default();
         is_gone && of.starts_with(table)
     })
@@ -249,8 +248,8 @@ mod tests {
             bytes
         };
         let others = [message(6, TABLE), message(2, "kube-proxy")].concat();
-        assert!(!tells_of_gone(&others, &terminated(TABLE)));
+        assert!(!report_removal(&others, &terminated(TABLE)));
         let with_ours = [others, message(2, TABLE)].concat();
-        assert!(tells_of_gone(&with_ours, &terminated(TABLE)));
+        assert!(report_removal(&with_ours, &terminated(TABLE)));
     }
 }

@@ -1,4 +1,4 @@
-//! Reads manifests for people who write policies.
+//! Reads manifests for `check`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,7 +21,7 @@ use super::{
 /// Most YAML documents that are read.
 const DOCUMENTS: usize = 50_000;
 
-/// What manifests say, and what they cannot say.
+/// The objects in manifests, and the rules that only a cluster can evaluate.
 #[derive(Debug, Default)]
 pub struct Checked {
     /// The pods. A workload stands for the pods of its template, under the name `<kind>/<name>`.

@@ -18,7 +18,7 @@ use super::{Problem, Snapshot, manifest::Manifests, object::Object, snapshot::as
 /// Longest file that is read, in bytes. A pod's manifest has a few thousand.
 pub(super) const FILE_MAX: u64 = 4 << 20;
 
-const KEPT: &str = "what was read from it before stays in force";
+const KEPT: &str = "its last readable content stays in force";
 
 /// The contents in force of a file.
 #[derive(Clone, Debug, Default)]

@@ -143,7 +143,7 @@ impl Directory {
             let mut problem = unlisted(&self.path, &error);
             problem
                 .message
-                .push_str("; what was read from it before stays in force");
+                .push_str("; its last readable content stays in force");
             problem
         });
     }

@@ -1,4 +1,4 @@
-//! What the facts about a cluster come from, and which of these sources are known.
+//! The sources of facts about a cluster, and which of them have been read in full.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -28,14 +28,14 @@ pub enum FactSource {
 }
 
 impl FactSource {
-    /// What resolvers come from.
+    /// The sources of resolvers.
     const OF_RESOLVERS: [Self; 4] = [
         Self::DnsService,
         Self::Kubelet,
         Self::DnsEndpoints,
         Self::Pods,
     ];
-    /// What internal prefixes come from, besides the ranges of Services.
+    /// The sources of internal prefixes, besides the ranges of Services.
     const OF_ADDRESSES: [Self; 4] = [
         Self::Node,
         Self::DnsService,
@@ -44,8 +44,8 @@ impl FactSource {
     ];
 }
 
-/// The sources that have been read in full. What such a source does not name is gone. What another one has named may
-/// still be there.
+/// The sources that have been read in full. If such a source does not name a fact, the fact is gone. A fact that
+/// another source has named may still hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Knowledge(BTreeSet<FactSource>);
 

@@ -73,7 +73,7 @@ impl<'a> Places<'a> {
         }
     }
 
-    /// The place of what is in this line and column of an annotation's value. `origin` is the place of the pod, the
+    /// The place of this line and column of an annotation's value. `origin` is the place of the pod, the
     /// workload or the namespace; without line and column, the place of the value.
     pub fn annotation(&self, origin: &str, key: &str, at: Option<(usize, usize)>) -> Place {
         let found = self.in_object(origin, |object, lines| {
@@ -90,7 +90,7 @@ impl<'a> Places<'a> {
         found.unwrap_or_else(|| Place::of_origin(origin))
     }
 
-    /// The place of what a path such as `spec.allow` or `spec.rules[1].entries` names in an object, or of the item with
+    /// The place of the field that a path such as `spec.allow` or `spec.rules[1].entries` names in an object, or of the item with
     /// this number in that list, from this column on. If the path leads to nothing, the longest part of it that leads
     /// to something has the place.
     pub fn field(&self, origin: &str, path: &str, item: Option<(usize, usize)>) -> Place {
@@ -150,7 +150,7 @@ fn line_of(node: &Spanned<Node>) -> usize {
     usize::try_from(node.defined.line()).unwrap_or_default()
 }
 
-/// The line and column in the document of what is in this line and column of a scalar.
+/// The line and column in the document of this line and column of a scalar.
 fn within(scalar: &Spanned<Node>, lines: &[&str], at: Option<(usize, usize)>) -> (usize, usize) {
     let start = line_of(scalar);
     let first = usize::try_from(scalar.defined.column())
@@ -202,7 +202,7 @@ fn block_header<'a>(
     is_header.then_some((line, sign))
 }
 
-/// A YAML node, with the places of what is in it.
+/// A YAML node, with the places of its contents.
 #[derive(Debug)]
 enum Node {
     Map(Vec<(String, Spanned<Node>)>),

@@ -23,7 +23,7 @@ pub struct ObjectVersion {
     pub generation: Option<i64>,
 }
 
-/// What is known of a policy object besides what it says.
+/// The versions of a policy object.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PolicyFacts {
     /// The version that was read last.
@@ -49,7 +49,7 @@ pub struct PolicyState {
     pub selected: u32,
     /// Those of them for which the generation that was read last is in force.
     pub enforced: u32,
-    /// What is wrong with the object.
+    /// The problem with the object.
     pub problem: Option<String>,
 }
 
@@ -103,7 +103,7 @@ impl fmt::Display for PolicyKind {
     }
 }
 
-/// What is known of the kinds of policy objects of a cluster. A kind in none of these sets does not exist there.
+/// Which kinds of policy objects of a cluster are known. A kind in none of these sets does not exist there.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PolicyKinds {
     /// Those whose objects have been listed.
@@ -153,7 +153,7 @@ impl PolicyKind {
     }
 }
 
-/// The policy in the form for [`egress_api::Selection`], and what is wrong with it now.
+/// The policy in the form for [`egress_api::Selection`], and its present problem.
 pub(super) fn applied(
     policy: &Policy,
     peers: &dyn Peers,

@@ -88,13 +88,13 @@ impl Pod {
     }
 }
 
-/// A problem in what was read. It affects only the object that it names.
+/// A problem of an object. It affects only the object that it names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     /// The place: `file`, `file:line` or `file:line:column`; in a cluster the object, such as `pod
     /// namespace/name`, or `cluster`.
     pub origin: String,
-    /// What is wrong, and what to do.
+    /// The mistake, and how to correct it.
     pub message: String,
 }
 

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::{Denied, PodIdentity};
 
-/// The kind of what the agent's configuration decides.
+/// The kind that lines and metrics give to decisions of the agent's configuration.
 const CONFIGURATION: &str = "Configuration";
 
 /// The policy that denied a packet.
@@ -28,8 +28,8 @@ pub struct DecidedBy<'a> {
 }
 
 impl<'a> DecidedBy<'a> {
-    /// The policy that decided; `None` if the packet was not denied by a policy. Of several that close the pod together,
-    /// the first.
+    /// The policy that decided; `None` if the packet was not denied by a policy. If several close the pod together,
+    /// this is the first.
     pub fn of(denied: &'a Denied) -> Option<Self> {
         if let Some(EntrySource { text, origin, .. }) = &denied.rule {
             return Some(Self {
@@ -37,7 +37,7 @@ impl<'a> DecidedBy<'a> {
                 ..Self::of_origin(origin, &denied.pod)
             });
         }
-        if is_for_want_of_an_entry(denied.reason) {
+        if is_for_lack_of_an_entry(denied.reason) {
             return denied
                 .closed_by
                 .first()
@@ -53,7 +53,7 @@ impl<'a> DecidedBy<'a> {
 
     /// All that close the pod, if the packet was denied because no entry allows it.
     pub(super) fn closers(denied: &'a Denied) -> Vec<Self> {
-        if denied.rule.is_some() || !is_for_want_of_an_entry(denied.reason) {
+        if denied.rule.is_some() || !is_for_lack_of_an_entry(denied.reason) {
             return Vec::new();
         }
         let closers = denied.closed_by.iter();
@@ -108,8 +108,9 @@ impl<'a> DecidedBy<'a> {
     }
 }
 
-/// Whether a packet is denied for this reason because the pod is closed and no entry that can be read allows the packet.
-pub fn is_for_want_of_an_entry(reason: Reason) -> bool {
+/// Whether a packet is denied for this reason because the pod is closed and no entry that can be read allows the
+/// packet.
+pub fn is_for_lack_of_an_entry(reason: Reason) -> bool {
     matches!(
         reason,
         Reason::NoRule

@@ -26,7 +26,7 @@ pub mod subject;
 mod summary;
 
 pub use count::{Counter, DenialCounts, Gauge, Histogram};
-pub use decided::{DecidedBy, is_for_want_of_an_entry};
+pub use decided::{DecidedBy, is_for_lack_of_an_entry};
 pub use denied::{Denied, Endpoint, PodIdentity, Verdict};
 pub use folder::Folder;
 pub use line::Line;

@@ -1,4 +1,4 @@
-//! What is enforced, and what denial lines, problems and `status` are about.
+//! The subject of an enforcement, a denial line, a problem or a row of `status`.
 
 use std::fmt;
 

@@ -35,7 +35,7 @@ use super::{
 use crate::{
     datapath::boottime_ns,
     gate::{About, Resolutions},
-    report::is_for_want_of_an_entry,
+    report::is_for_lack_of_an_entry,
 };
 use egress_dns::Name;
 use egress_policy::{
@@ -314,7 +314,7 @@ impl Inquiry<'_> {
             let decides = decides.filter(|_| reason == Reason::DenyRule);
             let at = (ports.protocol, ports.first);
             let behind = decides.and_then(|entry| self.compiled.denied_service(address, at, entry));
-            // Of ordered rules one decides. Of lists every entry has to be known.
+            // One ordered rule decides, but of lists every entry is named.
             let mut matches = matches;
             let mut ports = ports;
             if let Some(behind) = behind {
@@ -539,7 +539,7 @@ fn reason_of(name: Option<&str>) -> Option<Reason> {
 
 /// What closes the pod, if that is why the target is denied.
 fn closed_by(compiled: &Compiled, reason: Option<&str>) -> Vec<String> {
-    if reason_of(reason).is_some_and(is_for_want_of_an_entry) {
+    if reason_of(reason).is_some_and(is_for_lack_of_an_entry) {
         compiled.closed_by.iter().map(Closer::to_string).collect()
     } else {
         Vec::new()

@@ -183,7 +183,7 @@ impl Scrape {
         });
         page.counters(
             "egress_agent_policy_denials",
-            "The same by the policy that decided; `namespace` is the pod's",
+            "Packets that did not pass, or would not in enforce mode, by the policy that decided; `namespace` is the pod's",
             by_policy,
         )?;
         let lost = self.sources.reporter.lost().by_why();

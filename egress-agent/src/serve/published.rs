@@ -1,7 +1,7 @@
 //! What control publishes: a snapshot of the node's status, and a record of each pod.
 //!
-//! Control writes it. The threads that answer questions read it, and so does the reader of denials. The gate and the
-//! programs never look at it.
+//! Control writes it. The threads that answer requests and the denial reader read it. The gate and the programs never
+//! use it.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -44,7 +44,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// How many namespaces without pods keep their denial counters.
 const NAMESPACES: usize = 1000;
 
-/// What a policy was compiled from.
+/// The inputs of a policy.
 #[derive(Debug, Default)]
 pub struct Written {
     /// The pod's own.
@@ -212,7 +212,7 @@ pub type PodsById = HashMap<PodId, Arc<PodRecord>>;
 pub struct Published {
     snapshot: ArcSwap<StatusSnapshot>,
     pods: ArcSwap<PodsById>,
-    /// Whether pods were changed that the snapshot has as they were before.
+    /// Whether pods have changed since the snapshot.
     outdated: AtomicBool,
     /// Established inbound flows that were evicted when their pod was examined.
     pub flows_evicted: Counter,
@@ -275,7 +275,7 @@ impl Published {
         self.outdated.store(false, Ordering::Release);
     }
 
-    /// A reconcile has ended that took this long.
+    /// Records that a reconcile has ended which took this long.
     pub fn reconciled(&self, took: Duration) {
         self.reconciles
             .record(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
@@ -287,8 +287,9 @@ impl Published {
         self.snapshot.load_full()
     }
 
-    /// The same. If a reconcile has changed pods and has not ended yet, waits for its end, so that an edit that the log
-    /// has shown as applied is in the answer. A reconcile of very many pods is not waited for.
+    /// The node after the last reconcile. If a reconcile has changed pods and has not ended yet, waits for its end,
+    /// so that an edit that the log has shown as applied is in the answer. The wait is bounded, because a reconcile
+    /// of very many pods takes seconds.
     pub async fn current(&self) -> Arc<StatusSnapshot> {
         let until = Instant::now() + PATIENCE;
         while self.outdated.load(Ordering::Acquire) && Instant::now() < until {
@@ -307,8 +308,8 @@ impl Published {
         });
     }
 
-    /// Whether a pod still has this version of its policy. The maps of an earlier one are removed once a later one is in
-    /// force.
+    /// Whether a pod still has this version of its policy. The maps of an earlier one are removed once a later one is
+    /// in force.
     pub fn is_in_force(&self, version: &Attached) -> bool {
         let pods = self.pods();
         let now = pods.get(&version.pod).and_then(|pod| pod.attached.as_ref());

@@ -78,7 +78,7 @@ async fn answer(mut stream: UnixStream, sources: &Sources) -> io::Result<()> {
     write_response(&mut stream, &response.unwrap_or_else(Response::Error)).await
 }
 
-/// Reads a client's request, or returns what is wrong with it.
+/// Reads a client's request. Returns the mistake if it cannot be read.
 pub(super) async fn read_request(stream: &mut UnixStream) -> io::Result<Result<Request, String>> {
     let mut line = Vec::new();
     let mut reading = BufReader::new(stream).take(REQUEST_MAX as u64);
@@ -155,7 +155,7 @@ fn remove_stale(path: &Path) -> Result<()> {
     let metadata = match fs::symlink_metadata(path) {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).context("cannot read what is at the path"),
+        Err(error) => return Err(error).context("cannot read the type of the file at the path"),
     };
     if !metadata.file_type().is_socket() {
         bail!("a file that is not a socket is at the path; remove it, or set another `socket`");

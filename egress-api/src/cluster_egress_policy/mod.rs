@@ -60,14 +60,14 @@ pub struct Rule {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 100))]
     pub name: Option<String>,
-    /// What becomes of packets that match an entry.
+    /// What happens to packets that match an entry.
     pub action: Action,
     /// The destinations: `destination[:port[-port]][/protocol]`.
     #[schemars(schema_with = "schema::rule_entries")]
     pub entries: Vec<String>,
 }
 
-/// What becomes of packets that match a rule.
+/// What happens to packets that match a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Action {
     /// They pass.

@@ -1,7 +1,7 @@
 //! The destinations of a rule, as entries of docs/policy.md.
 //!
-//! A rule whose destinations cannot all be said fails closed as a whole, as the API's comment on peers asks for. So
-//! every function here returns why.
+//! A rule whose destinations cannot all be expressed fails closed as a whole, as the API's comment on peers asks for.
+//! So every function here returns the reason.
 
 use std::{
     cmp::Reverse,
@@ -21,7 +21,7 @@ pub const ENTRIES_MAX: usize = 4096;
 /// Most numbers that the named ports of one rule stand for.
 pub(super) const NUMBERS_MAX: usize = 8;
 
-/// What the cluster knows about the peers of rules.
+/// The addresses and ports of the peers of rules.
 pub trait Peers {
     /// The addresses of these nodes.
     ///
@@ -167,13 +167,13 @@ impl Destinations {
 
     /// Adds the ports of pods that have one of the names.
     ///
-    /// Whoever may create a peer chooses what its names mean. So that this does not decide how many classes the policy
-    /// has, only the [`NUMBERS_MAX`] numbers count that most pods have. Of a pod with another one, a rule that accepts
-    /// leaves out that port, and a rule that denies takes every port.
+    /// The creator of a peer chooses the numbers behind its port names. These must not decide how many classes the
+    /// policy has, so only the [`NUMBERS_MAX`] numbers that most pods have count. For a pod with another number, a
+    /// rule that accepts leaves out that port, and a rule that denies takes every port.
     ///
     /// # Errors
     ///
-    /// When a rule that passes on needs more numbers: neither more nor less of it would be closed.
+    /// When a rule that passes on needs more numbers: to apply it to more or fewer ports would not be stricter.
     fn add_named_ports(
         &self,
         entries: &mut Vec<String>,

@@ -70,7 +70,7 @@ pub struct EgressRule {
     /// A name for messages.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub name: String,
-    /// What becomes of packets that match.
+    /// What happens to packets that match.
     pub action: RuleAction,
     /// The destinations.
     pub to: Vec<EgressPeer>,
@@ -79,7 +79,7 @@ pub struct EgressRule {
     pub protocols: Option<Vec<Protocol>>,
 }
 
-/// What becomes of packets that match.
+/// What happens to packets that match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RuleAction {
     /// They pass.

@@ -59,7 +59,7 @@ impl NetworkPolicy {
         })
     }
 
-    /// The rules with the addresses that `peers` has now, and what is wrong with them.
+    /// The rules with the addresses that `peers` has now, and their problems.
     pub fn resolve(&self, peers: &dyn Peers) -> (TierPolicy, Vec<String>) {
         let mut problems = Vec::new();
         let mut rules: Vec<TierRule> = self
@@ -101,7 +101,7 @@ pub(crate) fn policy(name: Arc<ObjectName>, reader: &mut Reader<'_>) -> Policy {
     if !is_good {
         reader.problems.push(ONLY_TAKES_AWAY.to_owned());
     }
-    // What a later version of the API adds is upstream's own case of failing closed: the object counts as readable.
+    // A field of a later version of the API fails closed as upstream asks for, so the object counts as readable.
     let is_complete = reader.problems.is_empty();
     let mut problems = Vec::new();
     let rules = match reader.try_optional::<Vec<Value>>("egress") {

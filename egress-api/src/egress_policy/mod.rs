@@ -29,7 +29,7 @@ pub struct EgressPolicySpec {
     #[serde(default)]
     #[schemars(schema_with = "schema::selector")]
     pub pod_selector: LabelSelector,
-    /// What becomes of packets that are not allowed. Without it, as with annotations, they are dropped unless
+    /// What happens to packets that are not allowed. Without it, as with annotations, they are dropped unless
     /// the agent's configuration says `defaultMode: audit`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<Mode>,
@@ -47,7 +47,7 @@ pub struct EgressPolicySpec {
     pub resolve: Option<Vec<String>>,
 }
 
-/// What becomes of packets that are not allowed.
+/// What happens to packets that are not allowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {

@@ -148,7 +148,7 @@ fn nodes_and_pods_become_their_addresses() {
 }
 
 #[test]
-fn a_rule_that_cannot_be_said_fails_closed_as_a_whole() {
+fn a_rule_that_entries_cannot_express_fails_closed_as_a_whole() {
     let good = json!({"networks": ["10.0.0.0/8"]});
     let cases = [
         json!({"to": []}),
@@ -288,7 +288,7 @@ impl Peers for Pods {
 }
 
 #[test]
-fn a_peer_decides_neither_how_many_classes_nor_how_many_entries_named_ports_need() {
+fn peers_cannot_make_named_ports_need_too_many_classes_or_entries() {
     let named = |last: u8, ports: &[u16]| PeerPod {
         addresses: vec![address(&format!("10.1.0.{last}"))],
         ports: ports

@@ -1,4 +1,4 @@
-//! Finds the policies that may select a pod without a look at the others.
+//! Finds the policies that may select a pod without examining all others.
 //!
 //! A policy is filed under something that a pod must have to be selected by it: a label with its value, or else the
 //! pod's namespace.
@@ -12,7 +12,7 @@ use egress_policy::objects::ObjectName;
 
 use crate::policy::{PolicySubject, SelectedPod};
 
-/// What a pod must have to be selected by a policy.
+/// A property that a pod must have to be selected by a policy.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Anchor {
     /// A label.
@@ -30,7 +30,7 @@ enum Anchor {
     Anything,
 }
 
-/// Policies by what they require of a pod.
+/// Policies by the property that they require of a pod.
 #[derive(Debug, Default)]
 pub(super) struct Index(BTreeMap<Anchor, BTreeSet<Arc<ObjectName>>>);
 

@@ -1,7 +1,7 @@
 //! Tests of the verdict.
 
-mod of_answers;
-mod of_names;
+mod answers;
+mod names;
 
 use super::*;
 use crate::{classes::PortTable, limits::CLASSES, records::PortClass};
@@ -443,7 +443,7 @@ fn an_expired_address_admits_nothing_new_and_says_why() {
 }
 
 #[test]
-fn a_denial_tells_an_address_that_was_not_resolved_from_one_no_rule_speaks_of() {
+fn an_address_that_was_not_resolved_and_one_without_a_rule_have_different_reasons() {
     assert_eq!(
         reason(&policy(), &NOWHERE, bits::TCP, 443),
         Reason::AddressNotLearned
@@ -487,7 +487,7 @@ fn a_pod_with_unreadable_annotations_is_told_so() {
     assert_eq!(judge(&unreadable, &internal, bits::TCP, 443), Verdict::Pass);
 }
 
-/// Destinations with every mixture of what the maps can say, but for expiry.
+/// Destinations with every combination of entries in the maps, but for expiry.
 fn destinations() -> impl Iterator<Item = Destination> {
     let classes = [ClassSet::EMPTY, WEB, LOW, SSH.or(LOW)];
     let ranges = [0, RANGE_INTERNAL, RANGE_PROTECTED, RANGE_NODE];
@@ -540,7 +540,7 @@ fn a_packet_passes_by_an_entry_or_because_it_is_internal_or_the_policy_open() {
 }
 
 /// The map `learned` beside the allow map.
-mod of_two_entries {
+mod two_entries {
     use super::*;
 
     fn both(allow: Option<(u8, u64)>, learned: Option<(u8, u64)>) -> (ClassSet, u64) {

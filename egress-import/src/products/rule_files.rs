@@ -44,7 +44,7 @@ pub(crate) fn import(files: &[&Input], options: &Options) -> Vec<Document> {
         .collect()
 }
 
-/// What a path says.
+/// The rule that a path describes.
 #[derive(Debug, PartialEq, Eq)]
 struct Place {
     program: Option<String>,

@@ -15,7 +15,7 @@ use super::{
     tiers::Run,
 };
 
-/// What a policy means for a pod.
+/// The meaning of a policy for a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Description {
     /// The mode.

@@ -131,7 +131,7 @@ impl Lines {
         }
     }
 
-    /// What becomes of external destinations that no rule matches.
+    /// How external destinations are treated that no rule matches.
     fn rest(&mut self, of: &Description) {
         if of.open {
             self.push(

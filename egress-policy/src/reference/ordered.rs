@@ -67,7 +67,7 @@ struct World<'a> {
     settings: &'a Settings,
 }
 
-/// What becomes of a packet.
+/// The verdict on a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
     Passes,
@@ -159,7 +159,7 @@ impl<'a> World<'a> {
         reaches && line.matches_packet(packet, bits::ALL)
     }
 
-    /// What the rules say; `None` if none decides.
+    /// The decision of the rules; `None` if none decides.
     fn decided(&self, packet: &Packet, address: bool) -> Option<bool> {
         self.decided_by(packet, |line, action| {
             self.matches(line, packet, action == TierAction::Allow, address)
@@ -467,7 +467,7 @@ proptest! {
     }
 
     #[test]
-    fn a_pod_that_is_not_known_reaches_nothing_that_it_does_not_reach_when_it_is(
+    fn a_pod_that_is_not_known_reaches_no_more_than_when_it_is_known(
         policies in prop::collection::vec((ordered(), any::<bool>(), any::<bool>()), 1..4),
         packets in prop::collection::vec(packet(), 16),
         allow_internal: bool,

@@ -31,7 +31,7 @@ pub(super) fn compiled_answer(compiled: &Compiled, packet: &Packet) -> Verdict {
     judge_answer(&compiled.record, &looked, packet.protocol, packet.port)
 }
 
-/// What the maps have about the packet's destination.
+/// The entries of the maps for the packet's destination.
 fn looked_up(compiled: &Compiled, packet: &Packet) -> Destination {
     let address = to_mapped(packet.to);
     let prefix_classes = |address: [u8; 16]| {

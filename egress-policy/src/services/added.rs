@@ -61,7 +61,7 @@ pub struct Added {
     pub(crate) is_of_cluster_ip: bool,
     /// The entry that decides about the endpoint.
     pub(crate) source: EntrySource,
-    /// What it stands for.
+    /// The Service and the endpoint for which it stands.
     pub(crate) about: Arc<About>,
 }
 
@@ -183,7 +183,7 @@ pub(crate) fn insert(
     }
 }
 
-/// What the pod opens is denied, and no reply.
+/// Connections that the pod opens are denied, and no reply.
 fn denying(rules: Vec<Rule>) -> Run {
     Run {
         effect: Effect {
@@ -222,7 +222,7 @@ impl Compiled {
             Err(error) => error,
         };
         if let Ok(compiled) = self.with(settings, &coarse(added)) {
-            let what = "the policy with what it says of Services";
+            let what = "the policy with its rules for Services";
             let text = format!(
                 "{what}: {error}; Services with an endpoint that is denied are closed, and those that are to be \
                  open because of their endpoints are not"
@@ -233,8 +233,7 @@ impl Compiled {
             mode: self.mode,
             ..unreadable_tiers(settings)
         };
-        let text =
-            format!("the policy with what it says of Services: {error}; everything is denied");
+        let text = format!("the policy with its rules for Services: {error}; everything is denied");
         (closed, Some(text))
     }
 
@@ -257,7 +256,7 @@ impl Compiled {
         })
     }
 
-    /// The same for a policy without any rule.
+    /// The closed form of a policy without any rule.
     fn closed_with(&self, added: &[Added]) -> Result<Self, PolicyError> {
         let (mut tiers, mut allow, mut deny) = (Tiers::default(), Vec::new(), Vec::new());
         let none = Classes::new(false, &tiers, &[], &[])?;

@@ -1,4 +1,4 @@
-//! What a policy says of the endpoints of Services.
+//! Finds the Services about which a policy decides otherwise than about their endpoints.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -27,8 +27,8 @@ use crate::{
     prefix::{self, Prefix, to_mapped},
 };
 
-/// Most different ports that a policy opens because of the endpoints behind them. Whoever may create a Service chooses
-/// its ports, and is not to decide how many classes a policy has.
+/// Most different ports that a policy opens because of the endpoints behind them. The author of a Service chooses its
+/// ports, but must not decide how many classes a policy has.
 const OPENED_PORTS: usize = 16;
 
 /// The Services of a cluster, and the kinds of addresses on this node.
@@ -53,8 +53,8 @@ pub enum Again {
 }
 
 impl Known {
-    /// Takes note of the present Services and places. Returns which Services have to be judged again; `None` if nothing
-    /// has changed.
+    /// Replaces the Services and the kinds of addresses. Returns which Services have to be judged again; `None` if
+    /// nothing has changed.
     pub fn update(&mut self, services: &Arc<Services>, places: &Arc<Places>) -> Option<Again> {
         let is_same_place = Arc::ptr_eq(&self.places, places) || self.places == *places;
         let is_elsewhere = !is_same_place || self.services.nodes != services.nodes;
@@ -183,7 +183,7 @@ struct Judge<'a> {
     hosts: HashMap<Address, ClassSet>,
 }
 
-/// What the policy says of packets to a Service's address and port, without its endpoints.
+/// The policy's classes for packets to a Service's address and port, without its endpoints.
 struct Seen {
     /// The address, if it is one.
     address: Option<Address>,
@@ -328,7 +328,7 @@ impl<'a> Judge<'a> {
         places.destination(record, &self.cidrs, address, at)
     }
 
-    /// What the policy says of an address of the Service.
+    /// The policy's classes for an address of the Service.
     fn seen_at(&self, ip: IpAddr, port: &ServicePort) -> Seen {
         let address = to_mapped(ip);
         let record = &self.policy.record;
@@ -349,7 +349,7 @@ impl<'a> Judge<'a> {
         }
     }
 
-    /// What the policy says of a port of these nodes.
+    /// The policy's classes for a port of these nodes.
     fn seen_within(&self, nodes: &[Prefix], (transport, port): (Transport, u16)) -> Seen {
         let record = &self.policy.record;
         let matching = record.ports.matching(transport.bit(), port);

@@ -1,8 +1,8 @@
-//! What a policy means for the addresses of Services, which nodes translate.
+//! The rules of a policy for the addresses of Services, which nodes translate.
 //!
-//! A node replaces the address of a Service by that of an endpoint behind the pod's interface, so the programs see the
-//! Service's address only. A packet to it counts as one to each endpoint. [`judge`] finds the Services for which that
-//! differs from what the policy says of the address itself, and [`added`] has the rules that make up for it.
+//! A node replaces the address of a Service by that of an endpoint only behind the pod's interface, so the programs
+//! see the Service's address. A packet to it counts as one to each endpoint. [`judge`] finds the Services for which
+//! that makes a difference, and [`added`] has the rules that are added for these.
 //!
 //! | an endpoint of a Service's port | then the Service's port is |
 //! |---|---|

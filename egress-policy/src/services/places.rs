@@ -85,7 +85,7 @@ impl Places {
         transport != Transport::Sctp && range.is_resolver_at(port)
     }
 
-    /// What the maps have about an address under a policy with these prefixes.
+    /// The entries of the maps for an address under a policy with these prefixes.
     pub(super) fn destination(
         &self,
         policy: &Policy,

@@ -1,4 +1,4 @@
-//! Services under policies: what is denied and opened because of endpoints.
+//! Services under policies: addresses that are denied or opened because of endpoints.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -212,7 +212,7 @@ fn a_service_is_denied_because_of_one_of_several_endpoints() {
 }
 
 #[test]
-fn only_the_ports_that_lead_to_what_is_denied_are_denied() {
+fn only_the_ports_that_lead_to_a_denied_endpoint_are_denied() {
     let settings = settings();
     let two = [port(80, &["10.1.0.2:8080"]), port(90, &["10.1.0.2:9090"])];
     let known = known(&[service("web", CLUSTER_IP, &two)]);

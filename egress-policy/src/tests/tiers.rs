@@ -75,7 +75,7 @@ fn of_two_policies_with_one_priority_the_first_denials_come_first() {
 }
 
 #[test]
-fn a_denial_of_a_cluster_network_policy_is_one_of_what_the_pod_opens() {
+fn a_cluster_network_policy_denies_connections_that_the_pod_opens_and_no_replies() {
     let compiled = compiled(vec![
         policy(OURS, "a", &[(TierAction::Deny, "10.0.0.1")]),
         policy(
@@ -123,7 +123,7 @@ fn another_peer_changes_nothing_about_names() {
 }
 
 #[test]
-fn names_and_what_they_take_do_not_close_pods_that_are_not_known() {
+fn rules_about_names_do_not_count_for_a_pod_that_is_not_known() {
     let settings = crate::reference::settings();
     let of = |rules: &[(TierAction, &str)]| {
         let objects = Objects {

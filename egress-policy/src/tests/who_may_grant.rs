@@ -394,13 +394,13 @@ fn under_narrow_a_tunnel_within_anywhere_is_said_to_lead_to_no_internal_address(
         policy.warnings[0].clone()
     };
     for (namespace, leads_inside) in [("*/any", false), ("203.0.113.0/24/any", true)] {
-        let said = warnings(namespace);
+        let printed = warnings(namespace);
         assert!(
-            said.contains("`203.0.113.7/gre` opens a tunnel (gre)"),
-            "{said}"
+            printed.contains("`203.0.113.7/gre` opens a tunnel (gre)"),
+            "{printed}"
         );
-        let denies = said.contains("To internal addresses and the node it opens none");
-        assert_eq!(denies, !leads_inside, "{said}");
+        let denies = printed.contains("To internal addresses and the node it opens none");
+        assert_eq!(denies, !leads_inside, "{printed}");
     }
 }
 

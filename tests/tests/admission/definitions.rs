@@ -71,7 +71,7 @@ impl Entries {
         for (program, message, name) in &self.rules {
             match program.execute(&context) {
                 Ok(Cel::Bool(true)) => {}
-                // The API server refuses what it cannot evaluate, too.
+                // The API server also refuses expressions that it cannot evaluate.
                 Ok(Cel::Bool(false)) | Err(_) => match message.execute(&context) {
                     Ok(Cel::String(text)) => return Some(text.to_string()),
                     other => panic!("{name}: no message: {other:?}"),

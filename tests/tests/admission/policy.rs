@@ -39,10 +39,10 @@ struct Plugin {
     answers: Lines<BufReader<ChildStdout>>,
 }
 
-/// What the API server is asked to store.
+/// The object that the API server is asked to store.
 struct Request<'a> {
     object: &'a Value,
-    /// What is stored; null for an object that is created.
+    /// The stored object; null for an object that is created.
     old: &'a Value,
     /// The account, as the API server authenticates it: `username`, and perhaps `extra`.
     user: &'a Value,

@@ -32,7 +32,7 @@ fn refused(username: &str, extra: Option<&Value>, node: &str) -> Option<String> 
     created
 }
 
-/// What the API server adds to the account of a token that belongs to a pod on this node.
+/// The fields that the API server adds to the account of a token that belongs to a pod on this node.
 fn on(node: &str) -> Value {
     json!({
         "authentication.kubernetes.io/credential-id": ["JTI=8a9f5c7e"],

@@ -503,7 +503,7 @@ fn pods_that_come_and_go_leave_nothing_behind() {
     let stays = cluster.run(&shop, "stays", &allow(&format!("{}:443", server(10))));
     let agent = cluster.start_agent();
     agent.wait_enforcing(stays.net());
-    // What an earlier version had is removed after the pod is under the next one.
+    // The maps of an earlier version are removed after the pod is under the next one.
     eventually("the pod has one version of its policy", || {
         holds(cluster.lab.allow_maps().len() == 1)
     });

@@ -208,7 +208,7 @@ fn an_object_that_cannot_be_read_has_its_problem_and_its_last_readable_generatio
         told.is_some_and(|told| told.contains("spec.priority")),
         "{status}"
     );
-    // It is told once.
+    // It is reported once.
     assert_eq!(status["problems"], json!([]), "{status}");
     assert_eq!(status["problemCount"], 1);
 }
@@ -327,7 +327,7 @@ fn without_the_right_to_write_reports_everything_else_goes_on() {
     put(&server, &egress_policy(&shop, "web", &allowing(10)));
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
-    // The second failure is told by the metric alone.
+    // The second failure is only counted by the metric.
     eventually("two failures", || {
         holds(cluster.lab.metrics().get(FAILED) >= 2.0)
     });
@@ -339,7 +339,7 @@ fn without_the_right_to_write_reports_everything_else_goes_on() {
     assert_eq!(lines.len(), 1, "{told}");
     assert!(lines[0].contains("forbidden"), "{lines:?}");
     assert_eq!(cluster.lab.metrics().get(WRITTEN), 0.0);
-    // Enforcement goes on, and so do policies.
+    // Enforcement continues, and so do policies.
     cart.net().talks_tcp((address(10), 443));
     assert!(
         cart.net().connect_tcp((address(99), 443), SHORT).is_err(),
@@ -370,7 +370,7 @@ fn an_agent_that_removes_its_programs_says_so_in_its_report() {
     assert_eq!(policy(status, "web"), [Some(1), None, Some(1), Some(0)]);
     assert_eq!(status["pods"]["enforced"], 0, "{status}");
 
-    // With --keep-enforcing what the report says stays true.
+    // With --keep-enforcing the report stays true.
     let mut agent = cluster.start_agent_with(&["--keep-enforcing"]);
     agent.wait_enforcing(cart.net());
     let in_force = wait_report(&cluster, "the policy again", |status| {

@@ -154,7 +154,7 @@ fn policy(cluster: &Cluster, namespace: &str, egress: &Value) -> Value {
     })
 }
 
-/// What `explain` says about a target, in one text.
+/// The answer of `explain` about a target, in one text.
 fn explained(cluster: &Cluster, pod: &ClusterPod, to: (IpAddr, u16)) -> String {
     let target = SocketAddr::from(to).to_string();
     let (_, explained) = cluster.lab.explain(pod.net(), &target);
@@ -230,7 +230,7 @@ fn an_outside_endpoint_that_is_added_later_cuts_the_service_off() {
 }
 
 #[test]
-fn a_rule_about_namespaces_is_one_about_the_services_in_front_of_their_pods() {
+fn a_rule_about_namespaces_applies_to_the_services_in_front_of_their_pods() {
     let cluster = cluster();
     let [shop, bank, blog] =
         ["shop", "bank", "blog"].map(|name| cluster.namespace(name, &Value::Null));
@@ -271,7 +271,7 @@ fn a_rule_about_namespaces_is_one_about_the_services_in_front_of_their_pods() {
         "{why}"
     );
 
-    // What is allowed of the pods is allowed of the Service, and nothing else.
+    // The Service allows what its pods allow, and nothing else.
     agent.applies_policy_after(cart.net(), || {
         let everything =
             json!({ "name": "rest", "action": "Deny", "to": [{ "networks": ["0.0.0.0/0"] }] });
@@ -284,7 +284,7 @@ fn a_rule_about_namespaces_is_one_about_the_services_in_front_of_their_pods() {
 }
 
 #[test]
-fn a_rule_about_a_pod_counts_at_every_address_that_the_node_translates() {
+fn a_rule_about_a_pod_applies_at_every_address_that_the_node_translates() {
     let cluster = cluster();
     let [shop, bank] = ["shop", "bank"].map(|name| cluster.namespace(name, &Value::Null));
     let node =

@@ -81,7 +81,7 @@ fn ordered_rules_hold_before_a_pod_is_known() {
     );
     let agent = cluster.start_agent();
     let net = cluster.quarantined(&agent, &shop, "cart");
-    // What no rule is about is open among internal addresses, and closed outside.
+    // Internal addresses without a rule are open, and external ones are closed.
     eventually("the pod sends from its address", || {
         holds(net.connect_tcp((address(10), 443), SHORT).is_ok())
     });

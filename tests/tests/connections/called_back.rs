@@ -243,7 +243,7 @@ fn a_connection_that_audit_mode_let_out_cannot_be_reopened_in_the_servers_name()
 }
 
 #[test]
-fn the_next_agent_judges_a_pod_that_an_agent_left_while_it_began_with_it() {
+fn the_next_agent_judges_a_pod_that_an_agent_had_only_begun_to_enforce() {
     let (settling, sources) = (INTERFACE_SOURCES | INTERFACE_SETTLING, INTERFACE_SOURCES);
     for flags in [settling, sources] {
         let lab = Lab::builder().build();
@@ -265,7 +265,7 @@ fn the_next_agent_judges_a_pod_that_an_agent_left_while_it_began_with_it() {
         });
         assert!(!connection.is_stolen(&lab), "the connection goes on");
         agent.denies_tcp(&cart, (caller, 443), "address_not_learned");
-        // What others open from now on is answered.
+        // Connections that others open from now on are answered.
         let listener = cart.listen_tcp(80);
         let to = SocketAddr::new(cart.address_for(peer), 80);
         let client = lab
@@ -377,7 +377,7 @@ fn a_destination_in_use_is_kept_when_others_are_evicted() {
 }
 
 #[test]
-fn a_connection_that_begins_while_there_is_no_room_waits_for_it_and_is_noted() {
+fn a_connection_without_room_for_its_destination_waits_and_is_then_noted() {
     let peer = server(9);
     // Sixteen destinations of the pod's.
     let lab = Lab::builder().config("limits.flowsPerPod", 64).build();

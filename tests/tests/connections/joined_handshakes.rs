@@ -127,7 +127,7 @@ impl<'a> Joined<'a> {
         self.arrives(flag::ACK);
     }
 
-    /// Returns the server's number, which somebody may have told the pod.
+    /// Returns the server's number, which somebody may have sent to the pod.
     #[track_caller]
     fn call_server(&self) -> u32 {
         self.forge(self.own, self.server, flag::SYN, (OWN, 0));

@@ -70,7 +70,7 @@ fn connect(lab: &Lab, pod: &Pod) -> (TcpStream, TcpStream) {
 }
 
 #[test]
-fn what_a_pod_has_open_on_an_interface_that_comes_later_is_judged_and_does_not_come_back() {
+fn connections_that_a_pod_opened_on_a_later_interface_are_judged_and_do_not_come_back() {
     let builder = Lab::builder().config("quarantine.enabled", false);
     let cluster = Cluster::on(ApiServer::shared(), builder);
     let lab = &cluster.lab;
@@ -113,7 +113,7 @@ fn what_a_pod_has_open_on_an_interface_that_comes_later_is_judged_and_does_not_c
 }
 
 #[test]
-fn what_others_have_opened_on_a_later_interface_in_quarantine_goes_on() {
+fn connections_that_others_opened_on_a_later_interface_in_quarantine_go_on() {
     const CALLER: u16 = 5000;
     let cluster = Cluster::new();
     let lab = &cluster.lab;

@@ -44,7 +44,7 @@ impl Scene {
 }
 
 #[test]
-fn the_programs_pass_what_is_decided() {
+fn the_programs_pass_messages_about_decided_names() {
     let scene = Scene::new("shop.test:443");
     let _web = scene.lab.serve_tcp(443);
     scene.lab.dns().addresses("shop.test", &[server(10)]);
@@ -107,7 +107,7 @@ fn every_address_is_reached_while_the_policy_is_edited() {
 }
 
 #[test]
-fn an_edit_treats_what_the_programs_have_learned_like_what_the_agent_has() {
+fn an_edit_treats_addresses_alike_whether_the_programs_or_the_agent_learned_them() {
     let scene = Scene::new("shop.test:443 old.test:443");
     let _web = scene.lab.serve_tcp(443);
     scene.lab.dns().addresses("shop.test", &[server(10)]);
@@ -156,7 +156,7 @@ fn decided_names_are_resolved_and_reached_while_no_agent_runs() {
 
     let mut stream = scene.pod.talks_tcp((server(39), 443));
     scene.agent = scene.lab.start_agent(&[&scene.pod]);
-    // What was learned meanwhile is known with its name, so an edit keeps it.
+    // Addresses that were learned meanwhile are known with their names, so an edit keeps them.
     scene.agent.applies_policy_after(&scene.pod, || {
         scene
             .lab

@@ -149,7 +149,7 @@ fn ttls_are_clamped_and_the_grace_is_added() {
 #[test]
 fn a_response_that_does_not_fit_is_not_delivered() {
     let lab = Lab::builder()
-        // What the programs learn comes on top.
+        // The addresses that the programs learn are extra.
         .config("dns.learn", "agent")
         .config("limits.addressesPerPod", 4)
         .build();
@@ -183,7 +183,7 @@ fn a_response_that_does_not_fit_is_not_delivered() {
 fn when_the_map_is_full_the_oldest_names_are_evicted() {
     const LIMIT: u32 = 4;
     let lab = Lab::builder()
-        // What the programs learn comes on top.
+        // The addresses that the programs learn are extra.
         .config("dns.learn", "agent")
         .config("limits.addressesPerPod", LIMIT)
         .build();
@@ -223,7 +223,7 @@ fn reset(stream: TcpStream) {
 fn an_address_in_use_stays_when_the_map_is_full() {
     const LIMIT: u32 = 4;
     let lab = Lab::builder()
-        // What the programs learn comes on top.
+        // The addresses that the programs learn are extra.
         .config("dns.learn", "agent")
         .config("limits.addressesPerPod", LIMIT)
         .build();
@@ -286,7 +286,7 @@ fn a_name_with_another_address_in_every_response_is_always_reached() {
     const ADDRESSES: u32 = 300;
     const LIMIT: u32 = 64;
     let lab = Lab::builder()
-        // What the programs learn comes on top.
+        // The addresses that the programs learn are extra.
         .config("dns.learn", "agent")
         .config("limits.addressesPerPod", LIMIT)
         .build();

@@ -106,7 +106,7 @@ fn write_pods(lab: &Lab, pods: &[Pod], name: impl Fn(&Pod) -> String, uid: &str)
 }
 
 #[test]
-fn nothing_denied_leaves_while_pods_are_made_anew_or_renamed() {
+fn nothing_denied_leaves_while_pods_are_recreated_or_renamed() {
     let lab = Lab::new();
     let sink = lab.serve_udp(PORT);
     let pods: Vec<Pod> = (0..9).map(|i| lab.pod("shop", &format!("p{i}"))).collect();
@@ -118,7 +118,7 @@ fn nothing_denied_leaves_while_pods_are_made_anew_or_renamed() {
     });
     write_pods(&lab, &pods, own_name, "first");
     let agent = lab.start_agent(&[last]);
-    // What was sent before is read by then.
+    // Earlier datagrams have been read by then.
     eventually("nothing arrives any more", || {
         let before = arrived(&sink);
         sender.goes_on(50);
@@ -144,7 +144,7 @@ fn nothing_denied_leaves_while_pods_are_made_anew_or_renamed() {
         || write_pods(&lab, &pods, |pod| format!("new-{}", pod.name()), "fourth"),
         begins("new-p8"),
     );
-    // The pod has its own maps: what it may reach is reached, and the former pods are gone.
+    // The pod has its own maps: it reaches its allowed destinations, and the former pods are gone.
     let _web = lab.serve_tcp(443);
     last.talks_tcp((server(10), 443));
     eventually("the former pods are removed", || {
@@ -224,7 +224,7 @@ fn a_pod_that_is_said_to_have_failed_while_its_programs_run_goes_into_quarantine
 }
 
 #[test]
-fn an_interface_that_another_pod_has_does_not_free_the_rest_of_a_pod() {
+fn a_pod_stays_enforced_on_the_interfaces_that_no_other_pod_has() {
     let scene = Scene::new(&[]);
     let (cluster, agent) = (&scene.cluster, &scene.agent);
     let zoo = cluster.run(&scene.shop, "zoo", &allow_one());

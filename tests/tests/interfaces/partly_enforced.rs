@@ -311,7 +311,7 @@ fn an_interface_that_has_the_number_of_its_host_end_is_enforced() {
     let _agent = lab.start_agent(&[&pod]);
     assert_eq!(pod.lookup("shop.test"), [server(10)]);
     pod.talks_tcp((server(10), 443));
-    // By the time that another interface is told of, all have been looked at.
+    // When another interface is reported, all have been inspected.
     add_macvlan(&lab, &pod, "net1");
     status_with(&lab, &pod, &macvlan("net1"));
     pod.talks_tcp((server(10), 443));
@@ -332,7 +332,7 @@ fn a_pod_with_too_many_interfaces_to_inspect_counts_as_partly_enforced() {
 }
 
 #[test]
-fn pods_that_end_are_looked_at_without_an_error() {
+fn pods_that_end_are_inspected_without_an_error() {
     let lab = Lab::builder().without_dns().build();
     let pods: Vec<Pod> = (0..24)
         .map(|n| lab.pod("shop", &format!("pod{n}")))

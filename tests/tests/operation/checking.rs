@@ -10,7 +10,7 @@ use boon::{Compiler, Schemas};
 use egress_tests::workspace;
 use serde_json::{Value, json};
 
-use crate::said::Said;
+use crate::command_output::CommandOutput;
 
 /// A workload of each kind in namespace `shop`, whose pods have the label `app: web`. `ANNOTATIONS` is replaced.
 const DEPLOYMENT: &str = "\
@@ -68,12 +68,12 @@ spec:
 ";
 
 #[track_caller]
-fn check_in(directory: &Path, arguments: &[&str], input: &str) -> Said {
-    Said::of("check", directory, arguments, input)
+fn check_in(directory: &Path, arguments: &[&str], input: &str) -> CommandOutput {
+    CommandOutput::of("check", directory, arguments, input)
 }
 
 #[track_caller]
-fn check(arguments: &[&str], input: &str) -> Said {
+fn check(arguments: &[&str], input: &str) -> CommandOutput {
     check_in(Path::new("/"), arguments, input)
 }
 
@@ -92,9 +92,9 @@ fn every_rule_of_a_workload_is_printed_in_the_order_of_evaluation_with_its_sourc
         "{}---\n{POLICIES}",
         DEPLOYMENT.replace("ENTRIES", "pod.test:443")
     );
-    let said = check(&["-"], &input);
-    assert_eq!(said.code, Some(0), "{}", said.errors);
-    let lines: Vec<&str> = said.output.lines().map(str::trim).collect();
+    let result = check(&["-"], &input);
+    assert_eq!(result.code, Some(0), "{}", result.errors);
+    let lines: Vec<&str> = result.output.lines().map(str::trim).collect();
     let order = [
         "shop/deployment/web",
         "mode: enforce (denied packets are dropped); from: lists of EgressPolicy shop/web and pod",
@@ -112,18 +112,20 @@ fn every_rule_of_a_workload_is_printed_in_the_order_of_evaluation_with_its_sourc
     for expected in order {
         let found = lines[at..].iter().position(|line| *line == expected);
         let found =
-            found.unwrap_or_else(|| panic!("no {expected:?} from line {at} of\n{}", said.output));
+            found.unwrap_or_else(|| panic!("no {expected:?} from line {at} of\n{}", result.output));
         at += found + 1;
     }
-    said.has("partner.test  tcp and udp port 443  (EgressPolicy shop/web)");
+    result.has("partner.test  tcp and udp port 443  (EgressPolicy shop/web)");
     // Only the cluster has nodes, and Services are not for this command. Neither is a mistake.
     assert!(
-        said.errors.contains(": note: ClusterNetworkPolicy nodes: ")
-            && said
+        result
+            .errors
+            .contains(": note: ClusterNetworkPolicy nodes: ")
+            && result
                 .errors
                 .contains("these kinds are not read: Service (1)"),
         "{}",
-        said.errors
+        result.errors
     );
 }
 
@@ -152,11 +154,16 @@ fn every_kind_of_workload_is_read() {
          spec: {{hostNetwork: true}}\n"
     );
     let input = [POLICIES, &workloads.concat(), &others].concat();
-    let said = check(&["--summary", "-"], &input);
-    assert_eq!(said.code, Some(0), "{}", said.errors);
-    assert_eq!(said.output.lines().count(), 8, "{}", said.output);
+    let result = check(&["--summary", "-"], &input);
+    assert_eq!(result.code, Some(0), "{}", result.errors);
+    assert_eq!(result.output.lines().count(), 8, "{}", result.output);
     let enforced = "  enforce, closed by EgressPolicy shop/web, 2 allowed, 3 denied";
-    assert_eq!(said.output.matches(enforced).count(), 7, "{}", said.output);
+    assert_eq!(
+        result.output.matches(enforced).count(),
+        7,
+        "{}",
+        result.output
+    );
     let all = check(&["-o", "json", "-"], &input).json();
     let workloads = all["workloads"].as_array().expect("it is a list");
     let mut kinds: Vec<&str> = workloads
@@ -184,10 +191,10 @@ fn every_kind_of_workload_is_read() {
 #[test]
 fn the_json_report_has_every_rule_and_the_exact_place_of_each_finding() {
     let directory = directory("*.com pod.test:443");
-    let said = check_in(directory.path(), &["--output", "json", "."], "");
-    assert_eq!(said.code, Some(0), "{}", said.errors);
-    assert_eq!(said.errors, "", "a report is on standard output alone");
-    let report = said.json();
+    let result = check_in(directory.path(), &["--output", "json", "."], "");
+    assert_eq!(result.code, Some(0), "{}", result.errors);
+    assert_eq!(result.errors, "", "a report is on standard output alone");
+    let report = result.json();
     assert_eq!(report["version"], 1);
     assert_eq!(report["success"], true);
     assert_eq!(
@@ -316,9 +323,9 @@ fn assert_is_sarif(report: &Value) {
 #[test]
 fn the_sarif_report_is_valid_and_has_the_place_of_each_finding() {
     let directory = directory("pod.test:https *.com");
-    let said = check_in(directory.path(), &["-o", "sarif", ".", "missing.yaml"], "");
-    assert_eq!(said.code, Some(1), "{}", said.errors);
-    let report = said.json();
+    let result = check_in(directory.path(), &["-o", "sarif", ".", "missing.yaml"], "");
+    assert_eq!(result.code, Some(1), "{}", result.errors);
+    let report = result.json();
     assert_is_sarif(&report);
     // The validation means something.
     let mut wrong = report.clone();
@@ -358,11 +365,11 @@ fn the_sarif_report_is_valid_and_has_the_place_of_each_finding() {
 #[test]
 fn github_shows_each_finding_at_its_line() {
     let directory = directory("pod.test:https");
-    let said = check_in(directory.path(), &["-o", "github", "."], "");
-    assert_eq!(said.code, Some(1), "{}", said.errors);
-    said.has("::error file=./a%2Cb.yaml,line=12,col=20,title=egress-agent policy::shop/deployment/web: pod annotation");
-    said.has("::notice file=./policies.yaml,");
-    for line in said.output.lines() {
+    let result = check_in(directory.path(), &["-o", "github", "."], "");
+    assert_eq!(result.code, Some(1), "{}", result.errors);
+    result.has("::error file=./a%2Cb.yaml,line=12,col=20,title=egress-agent policy::shop/deployment/web: pod annotation");
+    result.has("::notice file=./policies.yaml,");
+    for line in result.output.lines() {
         assert!(
             line.starts_with("::") || line.starts_with("shop/deployment/web"),
             "{line}"
@@ -372,8 +379,8 @@ fn github_shows_each_finding_at_its_line() {
 
 #[test]
 fn policies_and_sets_without_workloads_are_read_too() {
-    let said = check(&["--strict", "-"], POLICIES);
-    assert_eq!(said.code, Some(0), "{}", said.errors);
+    let result = check(&["--strict", "-"], POLICIES);
+    assert_eq!(result.code, Some(0), "{}", result.errors);
     let wrong = POLICIES
         .replace("partner.test]", "partner.test, 'partner.test:443']")
         .replace("'*:25/tcp'", "'*:mail'");
@@ -406,19 +413,20 @@ fn policies_and_sets_without_workloads_are_read_too() {
 
 #[test]
 fn input_without_end_is_refused() {
-    let said = check(&["/dev/zero"], "");
-    assert_eq!(said.code, Some(1));
+    let result = check(&["/dev/zero"], "");
+    assert_eq!(result.code, Some(1));
     assert!(
-        said.errors.contains("/dev/zero: is longer than 16 MiB"),
+        result.errors.contains("/dev/zero: is longer than 16 MiB"),
         "{}",
-        said.errors
+        result.errors
     );
-    let said = check(&["-"], &"# a comment\n".repeat(2 << 20));
-    assert_eq!(said.code, Some(1));
+    let result = check(&["-"], &"# a comment\n".repeat(2 << 20));
+    assert_eq!(result.code, Some(1));
     assert!(
-        said.errors
+        result
+            .errors
             .contains("standard input: is longer than 16 MiB"),
         "{}",
-        said.errors
+        result.errors
     );
 }

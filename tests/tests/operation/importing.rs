@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::said::Said;
+use crate::command_output::CommandOutput;
 
 const CILIUM: &str = "\
 apiVersion: cilium.io/v2
@@ -16,14 +16,14 @@ spec:
 ";
 
 #[track_caller]
-fn import(arguments: &[&str], input: &str) -> Said {
-    Said::of("import", Path::new("/"), arguments, input)
+fn import(arguments: &[&str], input: &str) -> CommandOutput {
+    CommandOutput::of("import", Path::new("/"), arguments, input)
 }
 
 #[test]
 fn a_policy_of_another_product_becomes_a_policy_object_with_comments() {
-    let said = import(&["-"], CILIUM);
-    assert_eq!(said.code, Some(0), "{}", said.errors);
+    let result = import(&["-"], CILIUM);
+    assert_eq!(result.code, Some(0), "{}", result.errors);
     for line in [
         "kind: EgressPolicy",
         "  namespace: shop",
@@ -33,17 +33,17 @@ fn a_policy_of_another_product_becomes_a_policy_object_with_comments() {
         "  # - \"*.example.com:443/tcp\"",
     ] {
         assert!(
-            said.output.lines().any(|other| other == line),
+            result.output.lines().any(|other| other == line),
             "{line}: {}",
-            said.output
+            result.output
         );
     }
     assert!(
-        said.errors.starts_with(
+        result.errors.starts_with(
             "standard input:1: CiliumNetworkPolicy shop/web: left out: `*.example.com`"
         ),
         "{}",
-        said.errors
+        result.errors
     );
 }
 
@@ -61,13 +61,17 @@ fn strict_fails_if_something_is_left_out() {
 
 #[test]
 fn an_unreadable_file_has_its_place_in_the_error() {
-    let said = import(&["-"], "kind: NetworkPolicy\nspec: [\n");
-    assert_eq!(said.code, Some(1));
-    assert!(said.errors.contains("standard input:"), "{}", said.errors);
+    let result = import(&["-"], "kind: NetworkPolicy\nspec: [\n");
+    assert_eq!(result.code, Some(1));
     assert!(
-        said.errors.contains("the file cannot be read"),
+        result.errors.contains("standard input:"),
         "{}",
-        said.errors
+        result.errors
+    );
+    assert!(
+        result.errors.contains("the file cannot be read"),
+        "{}",
+        result.errors
     );
     let missing = import(&["no/such/file.yaml"], "");
     assert_eq!(missing.code, Some(1));

@@ -3,6 +3,7 @@
 mod bad_input;
 mod blocked_output;
 mod checking;
+mod command_output;
 mod importing;
 mod lifecycle;
 mod machine;
@@ -11,7 +12,6 @@ mod outdated_state;
 mod quiet;
 mod restart_judges_again;
 mod restart_keeps_names;
-mod said;
 mod standby;
 mod start_gate;
 mod start_without_facts;

@@ -125,7 +125,7 @@ fn many_pods_that_end_at_once_are_no_problem() {
     for pod in &pods {
         agent.wait_enforcing(pod.net());
     }
-    // Their processes and networks; nobody says that they have ended.
+    // Their processes and networks; no object says that they have ended.
     drop(pods);
     for name in ["one", "two", "three"] {
         let other = reconcile_by_adding(&cluster, &agent, &shop, name);

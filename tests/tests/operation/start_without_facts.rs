@@ -215,7 +215,7 @@ fn without_the_saved_state_ranges_of_services_stay_while_the_api_server_does_not
 }
 
 #[test]
-fn resolvers_that_are_gone_are_forgotten_while_a_list_fails_that_they_do_not_come_from() {
+fn a_failed_list_keeps_no_resolvers_that_come_from_other_lists() {
     let server_of_its_own = Arc::new(ApiServer::start());
     let builder = Lab::builder().config("dns", json!({}));
     let cluster = Cluster::on(server_of_its_own, builder);

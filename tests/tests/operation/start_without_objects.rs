@@ -327,7 +327,7 @@ fn create_objects(api: &ApiServer, to: Ipv4Addr, shop: &str) {
 }
 
 #[test]
-fn what_objects_of_a_refused_kind_deny_stays_denied() {
+fn destinations_that_objects_of_a_refused_kind_deny_stay_denied() {
     let mut scene = Scene::new();
     for (_, resource, kind) in KINDS {
         scene.agent.kill();

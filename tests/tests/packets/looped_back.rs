@@ -88,7 +88,7 @@ fn the_node_hears_its_own_multicast_on_a_pods_interface_and_the_pod_is_not_blame
                 "{mode}: the node does not hear what it sent to {to}"
             );
         }
-        // When this is told, anything that was denied before would be, too.
+        // When this is reported, anything that was denied before would have been, too.
         let _ = pod.connect_tcp((server(20), 443), SHORT);
         agent.wait_denial("what the pod itself sends", |denial| {
             denial.is(&pod, "no_rule", server(20), 443)
@@ -103,7 +103,7 @@ fn the_node_hears_its_own_multicast_on_a_pods_interface_and_the_pod_is_not_blame
 }
 
 #[test]
-fn what_a_pods_own_kernel_has_looped_back_is_judged_like_all_that_it_sends() {
+fn a_frame_that_a_pods_own_kernel_has_looped_back_is_judged_like_any_other() {
     let (agent, pod, lab) = scene("auto", NOBODY);
     let node = lab.node();
     let heard = member(node, pod.interface(), GROUP.into());
@@ -115,7 +115,7 @@ fn what_a_pods_own_kernel_has_looped_back_is_judged_like_all_that_it_sends() {
         let output = output.expect("tc, of the package iproute2");
         assert!(output.status.success(), "{output:?}");
     };
-    // What comes back to the pod goes out again, without an Ethernet header.
+    // The pod sends the frame that comes back again, without an Ethernet header.
     tc("qdisc add dev eth0 clsact");
     tc(
         "filter add dev eth0 ingress protocol ip u32 match u32 0 0 action mirred egress redirect dev eth0",

@@ -6,7 +6,7 @@ use egress_tests::{
     Lab, Namespace, SHORT, addresses::server, ifb::Ifb, observed::HTTP, rewritten::nft,
 };
 
-/// All tables of nf_tables, without what they have counted.
+/// All tables of nf_tables, without their counters.
 fn ruleset(netns: &Namespace) -> String {
     let mut command = Command::new("nft");
     command.args(["-s", "list", "ruleset"]);

@@ -1,4 +1,4 @@
-//! A policy object that is wrong in some way: what becomes of the pods that it selects, and of others.
+//! Policy objects with mistakes: how they affect the pods that they select, and others.
 
 use std::net::IpAddr;
 

@@ -1,4 +1,4 @@
-//! What an edit of a policy does with the addresses that the pod has learned.
+//! The effect of an edit of a policy on the addresses that the pod has learned.
 
 use egress_tests::{
     Agent, DEADLINE, Lab, Pod, TcpEcho, addresses::server, eventually, exchange, holds,
@@ -69,7 +69,7 @@ fn an_edit_of_prefixes_copies_no_learned_address() {
     assert!(exchange(&mut open, b"still here", DEADLINE), "it was cut");
     pod.talks_tcp((server(10), 443));
     pod.talks_tcp((server(40), 443));
-    // What is not allowed any more ends at once.
+    // Connections that are no longer allowed end at once.
     scene
         .agent
         .denies_tcp(pod, (server(20), 443), "address_not_learned");
@@ -84,7 +84,7 @@ fn an_edit_of_prefixes_copies_no_learned_address() {
 }
 
 #[test]
-fn an_edit_of_names_after_one_of_prefixes_closes_what_it_does_not_allow() {
+fn an_edit_of_names_after_an_edit_of_prefixes_closes_the_removed_names() {
     let scene = Scene::new();
     let pod = &scene.pod;
     assert_eq!(pod.lookup("late.test"), [server(11)]);
@@ -106,7 +106,7 @@ fn an_edit_of_names_after_one_of_prefixes_closes_what_it_does_not_allow() {
 }
 
 #[test]
-fn an_edit_that_gives_names_other_ports_counts_for_learned_addresses() {
+fn an_edit_that_gives_names_other_ports_applies_to_learned_addresses() {
     let scene = Scene::new();
     let pod = &scene.pod;
     let _other = scene.lab.serve_tcp(8443);
@@ -141,7 +141,7 @@ fn an_agent_that_is_killed_after_an_edit_of_prefixes_loses_no_learned_address() 
 }
 
 #[test]
-fn an_agent_that_is_killed_amid_edits_of_prefixes_leaves_what_both_allow_open() {
+fn an_agent_that_is_killed_amid_edits_of_prefixes_keeps_destinations_open_that_both_allow() {
     let mut scene = Scene::new();
     let mut open = scene.pod.talks_tcp((server(10), 443));
     for round in 0..6 {

@@ -176,7 +176,7 @@ fn under_narrow_a_pods_list_counts_where_an_egress_policy_covers_it() {
 }
 
 #[test]
-fn the_admin_tier_precedes_what_teams_say_and_the_first_rule_decides() {
+fn the_admin_tier_precedes_the_teams_lists_and_its_first_matching_rule_decides() {
     let guard = cluster_policy(
         "guard",
         "Admin",
@@ -372,7 +372,7 @@ fn entries_use_sets_and_follow_their_changes() {
 }
 
 #[test]
-fn status_tells_of_each_policy_whether_it_is_in_force() {
+fn status_shows_whether_each_policy_is_in_force() {
     let web = egress_policy("web", &json!({ "allow": ["shop.test:443"] }));
     let selector = json!({ "matchLabels": { "app": "other" } });
     let other = egress_policy("other", &json!({ "podSelector": selector, "allow": [] }));

@@ -100,7 +100,7 @@ fn is_answered(lab: &Lab, pod: &Pod, from: u32, timeout: Duration) -> bool {
 }
 
 #[test]
-fn an_exception_that_opens_nothing_lets_no_answer_pass() {
+fn an_exception_that_opens_nothing_lets_no_reply_pass() {
     let lab = lab(false);
     // The zone's owner names an address to which no name may lead.
     lab.dns().addresses("api.shop.test", &[numbered(7)]);

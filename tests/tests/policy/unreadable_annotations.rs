@@ -1,4 +1,4 @@
-//! What a pod's annotation that cannot be read leaves in force: all that its namespace and the cluster say.
+//! Everything that the namespace and the cluster say stays in force while a pod's annotation cannot be read.
 
 use egress_tests::{
     Builder, Lab,
@@ -44,7 +44,7 @@ fn an_edit_of_the_namespace_takes_effect_while_the_pods_annotation_cannot_be_rea
         let lists = [("allow", "203.0.113.0/24:443"), ("deny", "203.0.113.20")];
         agent.applies_policy_after(&pod, || lab.write_namespace("shop", &lists));
         agent.denies_tcp(&pod, (server(20), 443), "deny_rule");
-        // What the pod denied itself last stays, too.
+        // The pod's own last readable denial stays, too.
         agent.denies_tcp(&pod, (server(99), 443), "deny_rule");
         pod.talks_tcp((server(10), 443));
 

@@ -55,7 +55,7 @@ fn a_star_in_a_domain_name_is_one_or_more_labels() {
 }
 
 #[test]
-fn icmp_follows_networks_and_no_rule_about_ports() {
+fn icmp_is_matched_by_rules_about_networks_and_not_by_rules_about_ports() {
     let pings = policy(
         "pings",
         1,
@@ -105,7 +105,7 @@ fn a_peer_of_an_unknown_kind_fails_closed() {
     let denying =
         |action: &str| policy("closing", 2, &json!([{ "action": action, "to": unknown }]));
     let open = Scene::new(&[], std::slice::from_ref(&accepting));
-    // What it would accept is left to the others, and here nobody denies it.
+    // The rule leaves packets that it would accept to the other rules, and here none of these denies them.
     open.pod.talks_tcp((server(10), 443));
     let after = policy(
         "after",

@@ -14,7 +14,7 @@ fn egress_policy(name: &str, spec: &Value) -> Value {
     })
 }
 
-/// Kind and name of what a denial line says closes the pod.
+/// Kind and name of the object that closes the pod, according to a denial line.
 fn closers(line: &Value) -> Vec<(&str, &str)> {
     let closers = line["closed_by"].as_array().expect("it is a list");
     closers
@@ -28,7 +28,7 @@ fn closers(line: &Value) -> Vec<(&str, &str)> {
 }
 
 #[test]
-fn a_denial_for_want_of_an_entry_names_all_that_closes_the_pod() {
+fn a_denial_without_a_matching_entry_names_everything_that_closes_the_pod() {
     let lab = Lab::new();
     let _web = lab.serve_tcp(443);
     lab.dns().addresses("shop.test", &[server(10)]);
@@ -63,7 +63,7 @@ fn a_denial_for_want_of_an_entry_names_all_that_closes_the_pod() {
     assert_eq!(denial.line["rule"], Value::Null, "{}", denial.text);
     let (_, denial) = agent.denies_name(&pod, "evil.test");
     assert_eq!(closers(&denial.line), expected, "{}", denial.text);
-    // What an entry denies is the matter of that entry alone.
+    // A denial by an entry names that entry alone.
     let denial = agent.denies_tcp(&pod, (server(66), 443), "deny_rule");
     assert_eq!(closers(&denial.line), [], "{}", denial.text);
     assert_eq!(denial.line["policy"]["name"], "denies", "{}", denial.text);
@@ -144,7 +144,7 @@ fn denials_are_counted_by_the_policy_that_decided() {
     // A SYN may have been sent again.
     assert!(metrics.get(&of("EgressPolicy", "web")) >= 2.0);
     assert!(metrics.get(&of("ClusterEgressPolicy", "guard")) >= 1.0);
-    // What is allowed is not counted.
+    // Packets that are allowed are not counted.
     let series = metrics.series();
     let policies = series.filter(|series| series.starts_with("egress_agent_policy_denials"));
     assert_eq!(policies.count(), 2);

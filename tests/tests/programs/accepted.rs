@@ -32,7 +32,7 @@ struct Joined {
     ack: Vec<u8>,
     /// The peer's SYN-ACK for a SYN in the pod's name.
     accepts: Vec<u8>,
-    /// What the pod sends to the peer then.
+    /// The packets that the pod sends to the peer then.
     data: Vec<u8>,
 }
 
@@ -89,7 +89,7 @@ fn write(programs: &Programs, read: &HashMap<(&'static str, Vec<u8>), Vec<u8>>) 
     }
 }
 
-/// Lets this time pass for what others have opened.
+/// Lets this time pass for flows that others have opened.
 fn pass(programs: &Programs, seconds: u64) {
     for map in INBOUND {
         programs.rewrite(map, |_, value| {
@@ -311,7 +311,7 @@ fn a_connection_that_was_joined_before_enforcement_does_not_outlive_the_record()
 }
 
 #[test]
-fn a_syn_ack_for_another_address_is_no_concern_of_the_pod() {
+fn a_syn_ack_for_another_address_is_not_recorded_for_the_pod() {
     let mut programs = Programs::new();
     let other: IpAddr = [10, 1, 0, 77].into();
     programs.arrives(&Ip::new(server(9), other).tcp(CALL.0, CALL.1, SYN_ACK));
@@ -319,7 +319,7 @@ fn a_syn_ack_for_another_address_is_no_concern_of_the_pod() {
 }
 
 #[test]
-fn what_was_noted_in_quarantine_counts_for_the_pod() {
+fn connections_noted_in_quarantine_count_for_the_pod() {
     let mut programs = Programs::new();
     let joined = Joined::with(&programs, server(9));
     joined.accepts(&mut programs);

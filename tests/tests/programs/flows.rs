@@ -91,7 +91,7 @@ fn a_new_policy_cuts_flows_that_it_forbids() {
     programs.stays(&to.tcp(7, PORT, flag::SYN | flag::ACK), Reason::NoRule);
     assert_eq!(states(&programs), [FLOW_CUT, FLOW_CUT]);
 
-    // When it is allowed again, the flow goes on.
+    // When it is allowed again, the flow continues.
     programs.allow(server(1), TO_PORT, NEVER_NS);
     programs.leaves(&to.tcp(7, PORT, flag::ACK));
     programs.leaves(&to.udp(7, PORT, b"yes"));

@@ -229,7 +229,7 @@ fn a_new_deny_entry_cuts_inbound_flows() {
         // An ICMP error about the flow is an answer, too.
         let error = to.icmp_unreachable(&by.udp(5000, 8080, b"ping"));
         programs.stays(&error, Reason::DenyRule);
-        // When the address is allowed again, the flow goes on.
+        // When the address is allowed again, the flow continues.
         programs.change_policy(|policy| policy.deny = ClassSet::EMPTY);
         for answer in &answers {
             programs.leaves(answer);
@@ -374,7 +374,7 @@ fn a_pod_with_more_connections_than_it_may_have_leaves_quarantine() {
     assert_eq!(inbound, all as usize);
     programs.becomes_another_pods();
     assert_eq!(programs.takes_inbound(), FLOW_ENTRIES as usize);
-    // The latest connection goes on.
+    // The latest connection continues.
     let (there, here) = call(all - 1);
     programs.leaves(&to.tcp_segment((here, there), flag::ACK, (OWN + 1, PEER + 1), b"data"));
 }

@@ -14,7 +14,7 @@ use egress_tests::{
     raw::{flag, protocol},
 };
 
-/// What carries other packets to an internal address of each family.
+/// Packets that carry others, to an internal address of each family.
 fn tunnels(programs: &Programs) -> Vec<Vec<u8>> {
     let mut frames = Vec::new();
     for internal in INTERNAL {
@@ -77,9 +77,9 @@ fn no_tunnel_leaves_while_a_pod_begins_to_be_enforced() {
 }
 
 #[test]
-fn no_tunnel_leaves_while_nobody_knows_whose_an_interface_is() {
+fn no_tunnel_leaves_while_the_pod_of_an_interface_is_unknown() {
     let mut programs = Programs::new();
-    // As a configuration says that lets internal addresses pass.
+    // As with a configuration that lets internal addresses pass.
     programs.change_policy(|policy| policy.flags |= POLICY_UNIDENTIFIED | POLICY_ALLOW_INTERNAL);
     no_tunnel_leaves(&mut programs);
     for internal in INTERNAL {
@@ -97,7 +97,7 @@ fn no_tunnel_leaves_while_nobody_knows_whose_an_interface_is() {
 }
 
 #[test]
-fn in_audit_mode_a_tunnel_leaves_and_what_comes_out_of_it_opens_nothing() {
+fn in_audit_mode_a_tunnel_leaves_and_its_contents_open_no_flow() {
     for (internal, caller) in INTERNAL.into_iter().zip([server(9), server6(9)]) {
         for is_vxlan in [true, false] {
             let mut programs = Programs::new();

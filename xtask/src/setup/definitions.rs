@@ -26,9 +26,9 @@ const SOURCE_PATH: &str = "tests/tests/admission/server/server.go";
 const NAMED: &str = "DEFINITION_SERVER";
 /// The release of Debian.
 const RELEASE: &str = "sid";
-/// Packages that bring the others: the library, and the compiler.
+/// Packages whose dependencies are all that is needed: the library, and the compiler.
 const PACKAGES: [&str; 2] = ["golang-k8s-apiextensions-apiserver-dev", "golang-go"];
-/// Parts of the names of large packages that others of these depend on, and of which the server uses nothing. They are
+/// Parts of the names of large packages that others of these depend on, and that the server does not use. They have
 /// more than half of all files.
 const UNUSED: [&str; 9] = [
     "-apache-arrow-",
@@ -42,13 +42,13 @@ const UNUSED: [&str; 9] = [
     "-x-image-",
 ];
 
-/// What is missing, for a person to read.
+/// The missing part, as text for people.
 pub(super) fn missing() -> Option<String> {
     let is_there = kubernetes::names_program(NAMED) || version(&directory()).is_some();
     (!is_there).then(|| "the server of definitions".to_owned())
 }
 
-/// Makes sure of the server.
+/// Makes sure that the server is there.
 pub(super) fn ensure() -> Result<()> {
     if kubernetes::names_program(NAMED) {
         return Ok(());
@@ -94,7 +94,7 @@ fn version(directory: &Path) -> Option<String> {
 /// Builds the server in a directory that is removed afterwards, and keeps it in `target`.
 fn build(target: &Path) -> Result<()> {
     if !apt::is_here() || process::find("dpkg-deb").is_none() {
-        bail!("this system has no apt and dpkg, so Debian's libraries cannot be had");
+        bail!("this system has no apt and dpkg, so Debian's libraries cannot be downloaded");
     }
     let directory = workspace::root().join("target/kubernetes/definitions-build");
     _ = fs::remove_dir_all(&directory);
@@ -137,7 +137,7 @@ fn create(directory: &Path) -> Result<()> {
     fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))
 }
 
-/// apt with a list of sources, and a state, of its own. Nothing of the system's changes.
+/// apt with a list of sources and a state of its own. The system's stay unchanged.
 struct Apt {
     options: Vec<String>,
 }
@@ -196,7 +196,7 @@ impl Apt {
     }
 }
 
-/// Of the packages that apt would install, those with Go's sources, and the compiler.
+/// The packages, of those that apt would install, that have Go sources or the compiler.
 fn needed(simulated: &str) -> Vec<String> {
     let packages = simulated.lines().filter_map(|line| {
         let (name, rest) = line.strip_prefix("Inst ")?.split_once(' ')?;

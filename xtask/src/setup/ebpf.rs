@@ -1,4 +1,4 @@
-//! The eBPF toolchain: what is there is taken, what is missing is installed.
+//! The eBPF toolchain: parts that are there are used, missing ones are installed.
 
 use std::env;
 use std::fs;
@@ -20,16 +20,16 @@ const SOURCES_PACKAGE: &str = "rust-web-src";
 /// Packages that cannot be installed beside [`COMPILER_PACKAGES`].
 const CONFLICTING_PACKAGES: [&str; 3] = ["rustc", "rustc-mozilla", "rustup"];
 
-/// What [`SOURCES_PACKAGE`] holds.
+/// The contents of [`SOURCES_PACKAGE`].
 const LIBRARY_SOURCES: &str = "the sources of the compiler's standard library";
 
 /// The release of bpf-linker the project is built with.
 const LINKER_VERSION: &str = "0.13.0";
 
-/// The LLVM versions that release can be built with.
+/// The LLVM versions with which that release can be built.
 const LINKER_LLVM: std::ops::RangeInclusive<u32> = 21..=23;
 
-/// What is missing, for a person to read.
+/// The missing parts, as text for people.
 pub(super) fn missing() -> Option<String> {
     let Some(compiler) = Compiler::find() else {
         return Some(format!("a compiler for {}", toolchain::TARGET));
@@ -40,7 +40,7 @@ pub(super) fn missing() -> Option<String> {
         .then(|| format!("bpf-linker with LLVM {llvm} or newer"))
 }
 
-/// The sources of the standard library, if they are missing, for a person to read.
+/// The sources of the standard library if they are missing, as text for people.
 pub(super) fn missing_library_sources() -> Option<String> {
     let has_sources = Compiler::find().is_some_and(|compiler| compiler.has_library_sources());
     (!has_sources).then(|| LIBRARY_SOURCES.to_owned())

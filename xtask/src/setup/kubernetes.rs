@@ -1,10 +1,10 @@
 //! Kubernetes' own programs: the API server that the tests run, with its etcd, and the rest of a node
 //! for `cargo xtask e2e`.
 //!
-//! No distribution has them built, but Debian has Kubernetes' whole source. It is old, and that is
-//! worth something: what it lacks, the agent must do without. `KUBE_APISERVER` names another API
-//! server for the tests, such as that of a current release, and `ETCD` another etcd. `KUBERNETES_PROGRAMS`
-//! names a directory with another version's programs for `cargo xtask e2e`.
+//! No distribution has them built, but Debian has the whole source of Kubernetes. This version is old, which is
+//! useful: the agent must work without everything that it lacks. `KUBE_APISERVER` names another API server for the
+//! tests, such as that of a current release, and `ETCD` another etcd. `KUBERNETES_PROGRAMS` names a directory with
+//! another version's programs for `cargo xtask e2e`.
 
 use std::env;
 use std::ffi::OsStr;
@@ -17,17 +17,17 @@ use anyhow::{Context as _, Result, bail};
 use super::{Program, Purpose, apt, found, missing_programs, programs};
 use crate::{process, workspace};
 
-/// The version that is built, and the only one that the source package is taken for.
+/// The version that is built, and the only one for which the source package is used.
 const VERSION: &str = "1.20.2";
-/// The version and the number of the way it is built, for the names of directories.
+/// The version, and the number of the way in which it is built, for the names of directories.
 const BUILD: &str = "1.20.2-2";
 /// The version of Debian whose sources have it.
 const RELEASE: &str = "bookworm";
 /// The source package.
 const SOURCE: &str = "kubernetes";
-/// What the tests run of it.
+/// The program of it that the tests run.
 const API_SERVER: &str = "kube-apiserver";
-/// What a cluster of one node is made of.
+/// The programs of a cluster with one node.
 const NODE: [&str; 4] = [
     API_SERVER,
     "kube-controller-manager",
@@ -36,19 +36,19 @@ const NODE: [&str; 4] = [
 ];
 /// Names a directory with these programs of another version.
 const OTHER_PROGRAMS: &str = "KUBERNETES_PROGRAMS";
-/// The compiler it is built with: later ones refuse its modules.
+/// The compiler: later ones refuse the modules of this version.
 const GO: &str = "/usr/lib/go-1.19/bin";
 
-/// What running an API server needs.
+/// The programs that an API server needs to run.
 const TO_RUN: [Program; 1] = [Program {
     name: "etcd",
     packages: &["etcd-server"],
-    purpose: "what an API server in the tests keeps its objects in",
+    purpose: "the store of an API server in the tests",
     needed_for: Purpose::Test,
     services: &["etcd.service"],
 }];
 
-/// What building needs.
+/// The programs that a build needs.
 const TO_BUILD: [Program; 3] = [
     Program {
         name: "make",
@@ -73,7 +73,7 @@ const TO_BUILD: [Program; 3] = [
     },
 ];
 
-/// What of the tests' needs is missing, for a person to read.
+/// The tests' missing parts, as text for people.
 pub(super) fn missing() -> Vec<String> {
     let mut missing = Vec::new();
     if !names_program("ETCD") && !missing_programs(&TO_RUN).is_empty() {
@@ -85,7 +85,7 @@ pub(super) fn missing() -> Vec<String> {
     missing
 }
 
-/// What of a node's needs is missing, for a person to read.
+/// A node's missing parts, as text for people.
 pub(super) fn missing_node() -> Vec<String> {
     NODE.iter()
         .filter(|name| **name != API_SERVER && !is_right(&directory().join(name)))
@@ -93,7 +93,7 @@ pub(super) fn missing_node() -> Vec<String> {
         .collect()
 }
 
-/// Makes sure of what the tests need.
+/// Makes sure that everything for the tests is there.
 pub(super) fn ensure() -> Result<()> {
     if !names_program("ETCD") {
         programs(&TO_RUN)?;
@@ -106,7 +106,7 @@ pub(super) fn ensure() -> Result<()> {
     )
 }
 
-/// What a cluster of one node is made of.
+/// The programs of a cluster with one node.
 pub(crate) struct Node {
     /// Where its programs are.
     pub(crate) programs: PathBuf,
@@ -114,7 +114,7 @@ pub(crate) struct Node {
     pub(crate) version: (u32, u32),
 }
 
-/// Makes sure of what a cluster of one node is made of.
+/// Makes sure that the programs of a cluster with one node are there.
 ///
 /// # Errors
 ///
@@ -185,7 +185,7 @@ fn minor_version(version: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// Makes sure of these programs of Kubernetes.
+/// Makes sure that these programs of Kubernetes are there.
 fn ensure_programs(names: &[&'static str]) -> Result<()> {
     let kept = cache().join(BUILD);
     let lacking = |directory: &Path| -> Vec<&str> {
@@ -216,7 +216,7 @@ fn directory() -> PathBuf {
     workspace::kubernetes(BUILD)
 }
 
-/// Whether the user says with this variable which program to take.
+/// Whether the user has named a program with this variable.
 pub(super) fn names_program(variable: &str) -> bool {
     let Some(path) = env::var_os(variable) else {
         return false;
@@ -232,7 +232,7 @@ fn is_right(path: &Path) -> bool {
             .is_ok_and(|text| text.trim() == format!("Kubernetes v{VERSION}"))
 }
 
-/// What is kept for the next checkout on this machine.
+/// The place where a program is kept for the next checkout on this machine.
 pub(super) fn cache() -> PathBuf {
     let named = |variable| env::var_os(variable).filter(|path| !path.is_empty());
     let caches = named("XDG_CACHE_HOME")
@@ -248,7 +248,7 @@ pub(super) fn place(from: &Path, to: &Path) -> Result<()> {
     let directory = to.parent().context("a path without a directory")?;
     fs::create_dir_all(directory)
         .with_context(|| format!("cannot create {}", directory.display()))?;
-    // What is there is not the right one.
+    // The existing file is not the right one.
     _ = fs::remove_file(to);
     fs::hard_link(from, to)
         .or_else(|_| fs::copy(from, to).map(drop))
@@ -259,7 +259,7 @@ pub(super) fn place(from: &Path, to: &Path) -> Result<()> {
 /// them in `target`.
 fn build(names: &[&str], target: &Path) -> Result<()> {
     if !apt::is_here() {
-        bail!("this system has no apt, so Debian's sources cannot be had");
+        bail!("this system has no apt, so Debian's sources cannot be downloaded");
     }
     programs(&TO_BUILD)?;
     if !Path::new(GO).exists() {
@@ -286,7 +286,7 @@ fn build(names: &[&str], target: &Path) -> Result<()> {
         .arg(format!("WHAT={}", commands.join(" ")));
     make.current_dir(&sources)
         .env("PATH", path)
-        // Its caches go with the rest, and nothing of the user's Go has a say.
+        // Its caches are removed with the directory, and the user's settings of Go do not count.
         .env("HOME", &directory)
         .env("CGO_ENABLED", "0")
         .env("GOFLAGS", "")
@@ -341,7 +341,10 @@ fn patch(sources: &Path) -> Result<()> {
         let before =
             fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
         if !before.contains(text) {
-            bail!("{} is not what it was patched for", path.display());
+            bail!(
+                "{} differs from the text that the patch replaces",
+                path.display()
+            );
         }
         fs::write(&path, before.replace(text, replacement))
             .with_context(|| format!("cannot write {}", path.display()))?;
@@ -386,7 +389,7 @@ fn download(directory: &Path) -> Result<PathBuf> {
         .with_context(|| format!("{RELEASE} has no source of Kubernetes {VERSION}"))
 }
 
-/// A list of sources with packages of this type, of a release of Debian, from where this machine has its packages from.
+/// A list of sources with packages of this type, from a release of Debian, at the mirror that this machine uses.
 pub(super) fn sources(types: &str, release: &str) -> Result<String> {
     Ok(format!(
         "Types: {types}\nURIs: {}\nSuites: {release}\nComponents: main\n\
@@ -445,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn the_archive_is_told_from_the_packaging() {
+    fn the_archive_is_distinguished_from_the_packaging() {
         for (name, expected) in [
             ("kubernetes_1.20.5+really1.20.2.orig.tar.gz", true),
             (

@@ -28,7 +28,7 @@ impl Severity {
     }
 }
 
-/// What a finding is about. The names are stable: reports have them, and people filter by them.
+/// The topic of a finding. The names are stable: reports have them, and people filter by them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Topic {
     /// A file cannot be read.
@@ -67,7 +67,7 @@ impl Topic {
         }
     }
 
-    /// What it is about, in a sentence.
+    /// Its description, in a sentence.
     pub(super) const fn description(self) -> &'static str {
         match self {
             Self::File => "A file cannot be read.",

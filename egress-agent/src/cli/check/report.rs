@@ -1,4 +1,4 @@
-//! What `check` says of all files together, before it is written in one of the formats.
+//! The result of `check` over all files, before it is written in one of the formats.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -256,7 +256,7 @@ impl Building<'_> {
         }
     }
 
-    /// Reads the policies and sets that concern no workload: of the others, everything was found already.
+    /// Reads the policies and sets that concern no workload. The problems of all others have been found already.
     fn objects(&mut self, settings: &Settings) {
         let none = Annotations::default();
         let checked = self.checked;

@@ -35,8 +35,8 @@ impl Style {
     }
 }
 
-/// What is wrong, for standard error: a line for each problem; below it the line of the annotation, with carets under
-/// what is wrong.
+/// The problems, for standard error: one on each line, and below it the line of the annotation, with carets under the
+/// invalid text.
 pub(super) fn problems(report: &Report, style: Style) -> String {
     let mut text = String::new();
     for finding in &report.findings {
@@ -80,7 +80,7 @@ fn with_origin(finding: &Finding, word: &str) -> String {
     }
 }
 
-/// What the pods of each workload may reach, for standard output.
+/// The destinations that each workload's pods may reach, for standard output.
 pub(super) fn workloads(report: &Report, summary: bool) -> String {
     let mut text = String::new();
     let width = report.workloads.iter().map(|of| of.title.len()).max();
@@ -96,7 +96,7 @@ pub(super) fn workloads(report: &Report, summary: bool) -> String {
     text
 }
 
-/// What the pods of a workload may reach, in one line.
+/// The destinations that a workload's pods may reach, in one line.
 pub(super) fn in_a_line(workload: &Workload) -> String {
     match &workload.description {
         None => "cannot be read".to_owned(),

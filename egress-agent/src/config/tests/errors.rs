@@ -1,4 +1,4 @@
-//! What is refused, and what the error says.
+//! Configurations that are refused, and their error messages.
 
 use super::*;
 

@@ -1,7 +1,7 @@
-//! What becomes of connections that pods had before they were enforced.
+//! Connections that pods had before they were enforced: which are kept, and which are judged.
 //!
-//! Those that others have opened go on, if the node's connection tracking confirms it. Those that the pod
-//! has opened are judged, or go on once on each node where the operator wants that ([`Trust`]).
+//! Connections that others opened are kept, if the node's connection tracking confirms them. Connections that the pod
+//! opened are judged, or kept once on each node where the operator wants that ([`Trust`]).
 
 use std::io;
 
@@ -25,13 +25,13 @@ use crate::{
 /// Why a connection is unconfirmed although the node's connection tracking was asked about it.
 const UNCONFIRMED: &str = "the node's connection tracking has no entry that says so";
 
-/// What the operator wants to happen to connections from before, and how many were kept.
+/// What the operator wants for connections from before, and how many were kept.
 pub(in crate::control) struct Connections {
     /// `existingConnections`.
     wish: ExistingConnections,
     /// Whether connections that pods have opened are kept.
     pub(in crate::control) trust: Trust,
-    /// Whether `trust` counts. It ends when the pods that were there at the start have been dealt with.
+    /// Whether `trust` applies: only until the pods found at the start have been dealt with.
     pub(super) trusting: bool,
     /// How many connections were kept.
     pub(in crate::control) existing: Existing,
@@ -47,8 +47,8 @@ impl Connections {
         }
     }
 
-    /// Notes these connections. If one cannot be noted, its packets are judged like any other; the pod is enforced all
-    /// the same.
+    /// Notes these connections. If one cannot be noted, its packets are judged like any other, and the pod is still
+    /// enforced.
     pub(super) fn note(
         &mut self,
         datapath: &Datapath,
@@ -79,8 +79,8 @@ impl Connections {
                         pod = %subject,
                         cut_short = open.cut_short,
                         busy = open.unclear,
-                        "not every open connection can be told: those that cannot are judged as the \
-                         pod's own"
+                        "it is not clear who opened some connections: they are judged as if the \
+                         pod had"
                     );
                 }
                 unasked = match open.unasked {
@@ -94,7 +94,7 @@ impl Connections {
                 tracing::warn!(
                     pod = %subject,
                     error = %format!("{error:#}"),
-                    "not all open connections are known: those that others have opened may end"
+                    "not all open connections are known: those that others opened may break"
                 );
             }
         }
@@ -120,8 +120,8 @@ impl Connections {
     }
 }
 
-/// Records the servers to which the pod has connected, so that none of these connections comes back as one that
-/// the server has opened. Connections that others have opened are known by the pod's flows.
+/// Records the servers that the pod has connected to, so that none of these connections returns as one that the
+/// server opened. The pod's flows record the connections that others opened.
 pub(super) fn note_called(flows: &mut FlowMap, sockets: &[OpenSocket]) -> Result<()> {
     let now_ns = boottime_ns();
     let may_be_the_pods = |socket: &&OpenSocket| {
@@ -199,9 +199,9 @@ impl Seeding<'_> {
         called
     }
 
-    /// Whether a connection from before is not kept: it may be a tunnel, its address is denied, or its address is
-    /// protected and no address entry allows it. (`from_pod` judges what a pod sends on connections that others have
-    /// opened, but for tunnels.)
+    /// Whether a connection from before is refused: it may be a tunnel, its address is denied, or its address is
+    /// protected and no address entry allows it. (On connections that others opened, `from_pod` judges everything but
+    /// tunnels.)
     fn is_refused(
         &self,
         view: &View,

@@ -21,8 +21,8 @@ impl Applier {
     ///
     /// # Errors
     ///
-    /// When the kernel refuses. What was begun is known as left in the kernel, and the next attempt goes on from
-    /// there.
+    /// When the kernel refuses. State that was created is recorded as left in the kernel, and the next attempt
+    /// continues from there.
     pub(super) async fn begin(
         &mut self,
         subject: &Subject,
@@ -126,7 +126,7 @@ impl Applier {
         let Some(enforced) = self.enforced.get_mut(subject) else {
             bail!("the pod is not enforced");
         };
-        // It is moved to other interfaces afterwards.
+        // Another action moves it to other interfaces.
         let wanted = wanted.clone().on_interfaces_of(&enforced.wanted);
         let names = self.datapath.names(&enforced.pins)?;
         let pending = self.datapath.pending_map(pod)?;
@@ -149,7 +149,7 @@ impl Applier {
             self.unused.push(Unused::Policy(policy));
             return Err(error).context("the earlier policy stays");
         }
-        // It is in force. Nothing may fail before this is noted.
+        // The new version is in force. Nothing may fail before this is noted.
         let before = std::mem::replace(&mut enforced.policy, policy);
         self.unused.push(Unused::Policy(before));
         enforced.wanted = Arc::new(wanted);
@@ -173,8 +173,8 @@ impl Applier {
         pinned
     }
 
-    /// The other policies that an earlier agent left this pod's interfaces under, without those whose allow map is that
-    /// of this policy.
+    /// The other policies under which an earlier agent left this pod's interfaces, except those that share this
+    /// policy's allow map.
     fn left_under(
         &self,
         pod: PodId,

@@ -1,4 +1,4 @@
-//! A pod that is enforced, with the handles that it needs.
+//! An enforced pod, with the handles that it needs.
 
 use std::{sync::Arc, time::SystemTime};
 
@@ -11,7 +11,7 @@ use crate::{
     serve::{Attached, PodRecord},
 };
 
-/// A pod that is enforced.
+/// An enforced pod.
 pub(in crate::control) struct Enforced {
     pub(in crate::control) wanted: Arc<Wanted>,
     pub(in crate::control) identity: Arc<PodIdentity>,
@@ -28,7 +28,7 @@ pub(in crate::control) struct Enforced {
 }
 
 impl Enforced {
-    /// The pod as others see it until the end of the reconcile, when more of it is known.
+    /// The pod's record until the end of the reconcile, which publishes a complete one.
     pub(in crate::control) fn record(&self, subject: &Subject) -> PodRecord {
         PodRecord {
             uid: self.wanted.uid.clone(),
@@ -52,7 +52,7 @@ impl Enforced {
         }
     }
 
-    /// The pod as one that is in the kernel and not enforced.
+    /// The pod as one that is left in the kernel and not enforced.
     pub(in crate::control) fn as_left(&self, subject: &Subject) -> Adoptable {
         let (namespace, name) = subject.fields();
         let entry = self.wanted.entry(self.pod, self.policy);

@@ -32,7 +32,8 @@ pub(in crate::control) struct Hardware {
     /// By the index of the host end.
     ports: BTreeMap<IfIndex, Bound>,
     gateways: Option<(BTreeSet<HardwareAddress>, Instant)>,
-    /// The ports from which their bridge learns nothing by frames to link-local addresses, and that bridge.
+    /// By the index of a port: its bridge, if the bridge is kept from learning from the port's frames to link-local
+    /// addresses.
     protected: BTreeMap<IfIndex, IfIndex>,
 }
 
@@ -131,7 +132,7 @@ impl Hardware {
             let Some(peer) = link.peer else {
                 continue;
             };
-            // An address that cannot be read is taken for none, and is read again in the next reconcile.
+            // An address that cannot be read counts as none, and is read again in the next reconcile.
             let read = host.hardware_of(ifindex, peer).ok().flatten();
             let address = read.unwrap_or_default();
             let holder = self.ports.iter().find(|(other, bound)| {
@@ -139,7 +140,7 @@ impl Hardware {
                 **other != ifindex && on_bridge == Some(bridge) && bound.address == address
             });
             let holder = holder.map(|(&other, _)| (other, ports[&other].0.peer));
-            // A port whose pod has another address now does not hold this one any more.
+            // If the port's pod has another address now, the port no longer holds this one.
             if let Some((other, Some(peer))) = holder
                 && !given_up.contains(&other)
                 && host
@@ -210,7 +211,7 @@ impl Hardware {
         let written: BTreeMap<IfIndex, LinkHardware> = self.map.entries()?.into_iter().collect();
         for ifindex in written.keys() {
             if !self.ports.contains_key(ifindex) {
-                self.map.release(*ifindex)?;
+                self.map.unbind(*ifindex)?;
             }
         }
         for (ifindex, bound) in &self.ports {
@@ -223,8 +224,7 @@ impl Hardware {
     }
 }
 
-/// Whose an address is, if it is not the pod's alone. `others` are what other ports of the bridge are
-/// bound to.
+/// Who else has an address, if anybody does. `others` are the addresses that other ports of the bridge are bound to.
 fn whose(
     address: HardwareAddress,
     links: &Links,

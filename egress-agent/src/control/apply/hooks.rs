@@ -1,9 +1,9 @@
 //! Keeping the agent's programs first on the hooks of enforced interfaces.
 //!
-//! Another program in front of them on the same hook can end a packet's way there. Then the packet is not judged,
-//! and no counter shows it. So the agent looks at the order on each hook and corrects it. Probes
-//! ([`crate::gate::Probe`]) show whether packets arrive at all. An interface whose packets another program takes
-//! counts as not enforced, and its pod has a problem.
+//! Another program in front of them on the same hook can redirect or drop a packet before they see it. Then the
+//! packet is not judged, and no counter shows it. So the agent checks the order on each hook and corrects it. Probes
+//! ([`crate::gate::Probe`]) show whether packets reach the programs at all. An interface whose packets another
+//! program takes counts as not enforced, and its pod has a problem.
 
 use std::{
     collections::BTreeMap,
@@ -25,11 +25,11 @@ use crate::{
     host::interface_name,
 };
 
-/// How often an interface is looked at: a little less than a second, so that each round finds it due.
+/// How often an interface is checked: a little less than a second, so that each round finds it due.
 const EVERY: Duration = Duration::from_millis(900);
 /// A probe can get lost like any packet. If so many in a row do not arrive, something takes them.
 const MISSES: u32 = 3;
-/// Interfaces that are looked at in one round.
+/// How many interfaces are checked in one round.
 const AT_ONCE: usize = 128;
 
 /// Sources of probes on interfaces whose pods' addresses are not known: addresses for documentation (RFC 5737,
@@ -60,8 +60,8 @@ impl Hooks {
         watched.find_map(|watched| watched.problem.as_deref())
     }
 
-    /// Filters of these interfaces have changed (of all without a list): they are looked at next. Returns whether
-    /// any of them is enforced.
+    /// Marks these interfaces (all without a list) to be checked next, because their filters have changed. Returns
+    /// whether any of them is enforced.
     pub(in crate::control) fn hurry(&mut self, changed: Option<&[IfIndex]>) -> bool {
         let mut any = false;
         for (ifindex, watched) in &mut self.interfaces {
@@ -84,7 +84,7 @@ impl Hooks {
         Ok(())
     }
 
-    /// Takes note that an interface could not be looked at. One that has gone is no problem.
+    /// Records that an interface could not be checked. A removed interface is no problem.
     fn fail(&mut self, ifindex: IfIndex, error: &anyhow::Error) {
         if let (Some(watched), Some(name)) =
             (self.interfaces.get_mut(&ifindex), interface_name(ifindex))
@@ -96,7 +96,7 @@ impl Hooks {
         }
     }
 
-    /// The interfaces that are due to be looked at.
+    /// The interfaces that are due to be checked.
     fn due(&self) -> Vec<IfIndex> {
         let mut due: Vec<_> = self
             .interfaces
@@ -111,7 +111,7 @@ impl Hooks {
 }
 
 impl Applier {
-    /// Looks at the hooks of the enforced interfaces that are due.
+    /// Checks the hooks of the enforced interfaces that are due.
     pub(in crate::control) async fn check_hooks(&mut self) {
         let sources: BTreeMap<IfIndex, Probe> = self
             .enforced
@@ -161,7 +161,7 @@ impl Applier {
         }
     }
 
-    /// Looks at one interface. Returns whether it is to be probed now.
+    /// Checks one interface. Returns whether it is to be probed now.
     fn check_hook(&mut self, ifindex: IfIndex, moved: &mut Vec<String>) -> Result<bool> {
         let now = Instant::now();
         let Self {

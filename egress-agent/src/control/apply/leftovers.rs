@@ -1,4 +1,4 @@
-//! What an earlier agent, or an attempt that failed, left in the kernel.
+//! State that an earlier agent, or a failed attempt, left in the kernel.
 
 use std::collections::HashSet;
 
@@ -12,7 +12,7 @@ use super::{Applier, Outcome};
 use crate::{control::plan::wanted::RangesVersion, datapath::Unused, report::Subject};
 
 impl Applier {
-    /// Removes what an earlier agent, or an attempt that failed, left of a pod.
+    /// Removes the state of a pod that an earlier agent, or a failed attempt, left in the kernel.
     pub(super) async fn remove_left(&mut self, pod: PodId, outcome: &mut Outcome) {
         let Some(left) = self.left.get(&pod).cloned() else {
             return;
@@ -25,10 +25,10 @@ impl Applier {
         match self.remove_state(pod, &left).await {
             Ok(()) => {
                 self.left.remove(&pod);
-                tracing::info!(pod = %subject, "removed what was left of it");
+                tracing::info!(pod = %subject, "removed its leftover state");
             }
             Err(error) => {
-                let what = format!("cannot remove what is left of it: {error:#}");
+                let what = format!("cannot remove its leftover state: {error:#}");
                 outcome.problems.set(subject, what);
             }
         }
@@ -78,8 +78,8 @@ impl Applier {
         failure
     }
 
-    /// Removes policies that no interface is under: their agent was killed while it changed them.
-    pub(in crate::control) fn drop_orphans(&mut self) {
+    /// Removes policies that no interface is under: an agent was killed while it changed them.
+    pub(in crate::control) fn remove_orphans(&mut self) {
         let used: HashSet<PolicyId> = self
             .enforced
             .values()
@@ -92,7 +92,7 @@ impl Applier {
         let orphans = self.datapath.policy_ids().and_then(|ids| {
             let orphans = ids.into_iter().filter(|id| !used.contains(id));
             self.unused.extend(orphans.map(Unused::Policy));
-            self.drop_now()
+            self.remove_unused_now()
         });
         if let Err(error) = orphans {
             tracing::error!(error = %format!("{error:#}"), "cannot remove unused policies");

@@ -1,8 +1,8 @@
-//! Step 3: does what was planned. It is the only step that changes the kernel or asks the gate.
+//! Step 3: carries out the plan. It is the only step that changes the kernel or asks the gate.
 //!
-//! [`Applier::apply`] carries out a plan's actions in their order and returns an [`Outcome`]: which pods are not
-//! as planned now, and why. A pod whose action failed keeps the state that it had, hinders no other
-//! pod, and is planned again in the next reconcile.
+//! [`Applier::apply`] carries out a plan's actions in their order and returns an [`Outcome`]: which actions failed,
+//! and why. A pod whose action failed keeps the state that it had, hinders no other pod, and is planned again in the
+//! next reconcile.
 //!
 //! | file | what it does |
 //! |---|---|
@@ -12,7 +12,7 @@
 //! | `remove`, `leftovers` | releases, detaches, and removes state |
 //! | `hardware`, `node_addresses` | keeps the node's and the neighbours' addresses from pods |
 //! | `hooks`, `watched_hooks`, `stamps` | makes sure that packets pass the programs |
-//! | `upkeep` | does the last two in each reconcile, whatever is planned |
+//! | `upkeep` | does the work of the two rows above in each reconcile, whatever is planned |
 //! | `ranges` | puts other ranges and resolvers in force |
 //! | `unused` | removes maps that nobody uses any more |
 //! | `sweep` | forgets idle flows and expired addresses |
@@ -53,7 +53,7 @@ use super::{
     settings::Settings,
 };
 use crate::{
-    datapath::{Adoptable, Datapath, Dropping, Unused},
+    datapath::{Adoptable, Datapath, Removal, Unused},
     gate::Gate,
     report::{Reporter, Subject},
     serve::Published,
@@ -71,21 +71,21 @@ pub(in crate::control) struct Applier {
     /// The node's name.
     node: String,
     enforced: BTreeMap<Subject, Enforced>,
-    /// What is in the kernel though no pod is enforced with it, by the pod's id: left by an earlier agent, or by
+    /// State in the kernel with which no pod is enforced, by the pod's id: left by an earlier agent, or by
     /// an attempt that failed.
     left: BTreeMap<PodId, Adoptable>,
     ids: Ids,
     /// Maps in the kernel that nobody uses any more. They are removed at the end of each reconcile.
     unused: Vec<Unused>,
-    /// Those of them that a thread is removing.
-    dropping: Option<Dropping>,
+    /// Those of them that a thread is removing now.
+    removal: Option<Removal>,
     upkeep: Upkeep,
     connections: Connections,
-    /// Pods that have begun with only the sources judged of what they send.
+    /// Pods that have begun with only the sources of their packets judged.
     settling: Vec<Subject>,
-    /// The interfaces that somebody is to be enforced on, by the plan.
+    /// The interfaces on which the plan enforces somebody.
     claimed: HashSet<IfIndex>,
-    /// Those of them that the pod before has left. The programs are there without an entry, and drop everything.
+    /// Those of them that their last pod has left. The programs are there without an entry, and drop everything.
     vacated: BTreeSet<IfIndex>,
     /// Whether the gate reads messages.
     is_reading: bool,
@@ -147,7 +147,7 @@ impl Applier {
             },
             left,
             unused: Vec::new(),
-            dropping: None,
+            removal: None,
             upkeep: Upkeep::open(&datapath, reporter)?,
             connections: Connections::new(&settings.configured),
             settling: Vec::new(),
@@ -195,7 +195,7 @@ impl Applier {
         let mut versions = BTreeMap::new();
         self.claimed.clone_from(&plan.claimed);
         for action in &plan.actions {
-            // Once the gate has all pods that an earlier agent left enforced.
+            // The gate starts reading once it has all pods that an earlier agent left enforced.
             let adopts = matches!(action, Action::Begin { adopts: true, .. });
             let changes_nothing = matches!(
                 action,
@@ -258,7 +258,7 @@ impl Applier {
         outcome
     }
 
-    /// Has the gate read messages.
+    /// Tells the gate to read messages from now on.
     fn start_reading(&mut self) {
         if !self.is_reading {
             self.gate.read();
@@ -271,7 +271,7 @@ impl Applier {
         &self.enforced
     }
 
-    /// What is in the kernel though no pod is enforced with it.
+    /// State in the kernel with which no pod is enforced.
     pub(in crate::control) fn left(&self) -> &BTreeMap<PodId, Adoptable> {
         &self.left
     }
@@ -286,7 +286,7 @@ impl Applier {
         &self.gate
     }
 
-    /// What became of connections from before.
+    /// What happened to connections from before.
     pub(in crate::control) fn connections(&self) -> &Connections {
         &self.connections
     }
@@ -296,13 +296,13 @@ impl Applier {
         self.connections.trusting = false;
     }
 
-    /// Filters of these interfaces have changed (of all without a list): their hooks are looked at next. Returns
-    /// whether pods are enforced on any of them.
+    /// Marks these interfaces (all without a list) for a check of their hooks, because their filters have changed.
+    /// Returns whether pods are enforced on any of them.
     pub(in crate::control) fn note_changed_filters(&mut self, changed: Option<&[IfIndex]>) -> bool {
         self.upkeep.hooks.hurry(changed)
     }
 
-    /// Tables of nf_tables have changed: they are looked at next.
+    /// Marks the tables of nf_tables to be checked next, because some have changed.
     pub(in crate::control) fn note_changed_tables(&mut self) {
         self.upkeep.stamps.hurry();
     }

@@ -1,5 +1,4 @@
-//! Keeping what is the node's and its gateways' from pods: their link-local addresses, and tunnels to the
-//! node.
+//! Keeping pods from using the link-local addresses of the node and its gateways, and from tunnelling to the node.
 
 use std::collections::{BTreeSet, HashSet};
 
@@ -13,7 +12,7 @@ use crate::{
 };
 use egress_policy::prefix::to_mapped;
 
-/// Writes which addresses the node takes packets for.
+/// Writes the addresses for which the node takes packets.
 ///
 /// # Errors
 ///
@@ -34,7 +33,7 @@ pub(super) fn protect(map: &mut NodeAddressMap, machine: &mut Machine) -> Result
     map.set(&prefixes.collect())
 }
 
-/// Takes back from pods the link-local addresses that are the node's and its gateways'.
+/// Takes back from pods the link-local addresses that belong to the node and its gateways.
 ///
 /// # Errors
 ///

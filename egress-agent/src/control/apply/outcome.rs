@@ -1,4 +1,4 @@
-//! What came of a plan.
+//! The result of applying a plan.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use crate::{
     report::Subject,
 };
 
-/// What came of a plan.
+/// The result of applying a plan.
 #[derive(Default)]
 pub(in crate::control) struct Outcome {
     /// The pods whose actions failed. They keep the state that they had, and are planned again in the next reconcile.
@@ -28,13 +28,13 @@ pub(in crate::control) struct Outcome {
 /// A pod whose action failed.
 pub(in crate::control) struct Failure {
     uid: String,
-    /// Why; `None` if its interface has gone meanwhile: so a pod may end. If it does not, the next reconcile says
-    /// what is missing.
+    /// Why; `None` if its interface is gone, because a pod may end like this. If the pod has not ended, the next
+    /// reconcile reports what is missing.
     pub(in crate::control) problem: Option<String>,
 }
 
 impl Outcome {
-    /// Takes note of how an action for a pod has ended.
+    /// Records the result of an action for a pod.
     pub(super) fn note(&mut self, subject: &Subject, wanted: &Wanted, done: Result<()>) {
         let Err(error) = done else {
             return;
@@ -48,7 +48,7 @@ impl Outcome {
         );
     }
 
-    /// Takes note of a pod that is not as planned.
+    /// Records a pod that is not as planned.
     pub(super) fn fail(&mut self, subject: &Subject, uid: &str, problem: Option<String>) {
         let uid = uid.to_owned();
         self.failed

@@ -1,4 +1,4 @@
-//! Making the maps that pods need before they can be put under their policies.
+//! Creating the maps that pods need before they can be put under their policies.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +21,7 @@ pub(super) struct Version {
     pub(super) allow: AllowMap,
 }
 
-/// A version that is to be made, or was found.
+/// A version that is being created, or was found.
 struct Draft {
     pod: PodId,
     /// Whether the pod's own maps have to be made too.
@@ -34,8 +34,8 @@ struct Draft {
 }
 
 impl Applier {
-    /// Makes what these actions need, for all of them together: the kernel takes as long over one as
-    /// over many. Returns each pod's new version.
+    /// Creates the maps that these actions need, all together: the kernel takes as long for one as for many. Returns
+    /// each pod's new version.
     ///
     /// On failure, partially created maps are recorded: as left in the kernel with the pod, or as unused.
     pub(super) fn prepare(&mut self, actions: &[Action]) -> BTreeMap<Subject, Result<Version>> {

@@ -8,17 +8,19 @@ use egress_common::address::{self, Address};
 use super::Applier;
 use crate::{
     config::Config,
-    control::{dns_settings, inherited::Inherited, plan::wanted::mapped, settings::Settings},
+    control::{
+        dns_settings, inherited_ranges::Inherited, plan::wanted::mapped, settings::Settings,
+    },
     pods::Facts,
 };
 use egress_policy::Resolver;
 
 impl Applier {
-    /// Puts the ranges of another configuration in force, and what it says of DNS.
+    /// Puts another configuration's ranges and DNS settings in force.
     ///
     /// # Errors
     ///
-    /// When they cannot be written. The earlier ones are in force again then.
+    /// When they cannot be written. The earlier ones are put back then.
     pub(in crate::control) async fn take_on(
         &mut self,
         settings: &mut Settings,
@@ -49,7 +51,7 @@ impl Applier {
         // New entries are written before old ones are removed, so for a moment the maps need room for both.
         self.datapath.check_room(&tunnels, &ranges)?;
         if let Err(error) = self.datapath.put_in_force(&tunnels, &ranges) {
-            // What a part of the new ranges let pass is judged again under the earlier ones.
+            // Flows that the new ranges admitted in the meantime are judged again under the earlier ones.
             settings.ranges.change(now);
             self.datapath
                 .put_in_force(&tunnels_before, &before)
@@ -66,8 +68,8 @@ impl Applier {
         Ok(())
     }
 
-    /// Only resolvers have come or gone: the pods whose verdicts that changes get a new version of their policies. DNS
-    /// itself needs no new version, because `from_pod` looks for it before it looks at flows.
+    /// Handles a change of resolvers alone: only the pods whose verdicts it changes get a new version of their
+    /// policies. DNS itself needs no new version, because `from_pod` handles DNS before it looks at flows.
     fn note_resolvers(&mut self, now: &Config, next: &Config) {
         let (before, after) = (&now.dns.resolvers, &next.dns.resolvers);
         let came = after.iter().filter(|resolver| !before.contains(resolver));
@@ -81,7 +83,7 @@ impl Applier {
         for enforced in self.enforced.values_mut() {
             let is_concerned = view.as_ref().map_or(true, |view| {
                 let policy = (enforced.policy, &enforced.wanted.record);
-                // A pod that cannot be looked at gets a new version too.
+                // A pod that cannot be checked gets a new version too.
                 view.is_concerned(policy, &changed).unwrap_or(true)
             });
             if is_concerned {

@@ -77,8 +77,8 @@ impl Applier {
         Ok(())
     }
 
-    /// Detaches from an interface that a pod has left, unless another pod has it now. If another one is to have it, the
-    /// programs stay, and drop everything until then.
+    /// Detaches from an interface that a pod has left, unless another pod has it now. If another pod is to get it,
+    /// the programs stay, and drop everything until then.
     pub(super) fn detach(&mut self, pod: PodId, ifindex: IfIndex) -> Result<()> {
         let is_on = |enforced: &Enforced| {
             enforced.pod == pod && enforced.wanted.interfaces.contains(&ifindex)

@@ -29,8 +29,8 @@ const READERS: usize = 8;
 const LATE: Duration = Duration::from_millis(250);
 
 impl Applier {
-    /// Judges everything of the pods that have begun with only their sources judged. If that fails for a pod, it is
-    /// detached from again.
+    /// Judges everything that the pods send that have begun with only their sources judged. A pod for which this
+    /// fails is detached from again.
     ///
     /// All other pods have been dealt with by now, so a pod with many sockets delays none of them.
     pub(super) async fn settle(&mut self, machine: &mut Machine, outcome: &mut Outcome) {
@@ -74,7 +74,7 @@ impl Applier {
                     pod = %subject,
                     took_ms = begun.elapsed().as_millis() as u64,
                     sockets = count,
-                    "the policy holds late: only the sources of the pod's packets were judged until the open \
+                    "the policy is in force late: only the sources of the pod's packets were judged until the open \
                      connections of all pods that begin together were read"
                 ),
                 Ok(()) => {}
@@ -135,8 +135,8 @@ impl Applier {
             .note(&self.datapath, subject, record, flows, policy, sockets);
     }
 
-    /// Records the connections that the pod has opened on interfaces where nobody has judged its packets, in networks
-    /// whose sockets were read before.
+    /// Records the connections that the pod has opened through interfaces where nobody has judged its packets, in
+    /// networks whose sockets were read before.
     pub(super) async fn note_called(
         &mut self,
         subject: &Subject,
@@ -171,8 +171,8 @@ impl Applier {
         Ok(())
     }
 
-    /// Keeps what these interfaces' flows have shown since [`Self::take_from_quarantine`], until the interfaces left
-    /// the quarantine.
+    /// Copies what these interfaces' flows have recorded between [`Self::take_from_quarantine`] and the moment when
+    /// the interfaces left the quarantine.
     pub(super) fn note_from_quarantine(&self, wanted: &Wanted, flows: &mut FlowMap) -> Result<()> {
         for quarantined in self.quarantined_flows(wanted) {
             flows.take_noted(quarantined)?;

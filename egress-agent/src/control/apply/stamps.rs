@@ -1,4 +1,4 @@
-//! Reporting frames that skipped the programs, and keeping the check in force that finds them.
+//! Reporting frames that skipped the programs, and keeping the tables in place that find them.
 //!
 //! See [`crate::datapath`]'s stamp check. It only counts frames by interface, so a denial line names the pod and the
 //! number of frames.
@@ -18,12 +18,12 @@ use crate::{
     report::{Denied, Reporter, Subject, Verdict},
 };
 
-/// How often the tables are looked at: a little less than a second, so that each round finds it due.
+/// How often the tables are checked: a little less than a second, so that each round finds it due.
 const EVERY: Duration = Duration::from_millis(900);
 /// How often, at most, a line says that tables were put back.
 const LOG_EVERY: Duration = Duration::from_secs(20);
 
-/// What is known of the stamp check.
+/// The state of the stamp check.
 pub(in crate::control) struct Stamps {
     reporter: Reporter,
     looked: Option<Instant>,
@@ -48,7 +48,7 @@ impl Stamps {
         }
     }
 
-    /// A table has changed: the tables are looked at next.
+    /// Marks the tables to be checked next, because one has changed.
     pub(in crate::control) fn hurry(&mut self) {
         self.looked = None;
     }
@@ -73,7 +73,7 @@ impl Stamps {
         })
     }
 
-    /// Logs that tables were put back, but not each time.
+    /// Logs that tables were put back, at most once in [`LOG_EVERY`].
     fn log_restored(&mut self) {
         let recently = self.logged.is_some_and(|at| at.elapsed() < LOG_EVERY);
         if self.restored > 0 && !recently {

@@ -11,22 +11,22 @@ use egress_common::ids::PodId;
 use super::Applier;
 use crate::datapath::{CounterMap, boottime_ns};
 
-/// How long a pod that wants room waits for the next sweep of its own, at least.
+/// How long a pod that lacks room waits at least for its next sweep out of turn.
 const CROWDED_EVERY: Duration = Duration::from_secs(1);
 
-/// Pods whose maps have had no room for a flow or a destination. Their connections wait for a sweep, so it comes
-/// out of turn.
+/// Pods whose maps had no room for a flow or a destination. Their connections wait for a sweep, so it comes out of
+/// turn.
 ///
-/// A sweep reads all of a pod's flows, and a pod can want room all the time. So there is one sweep out of turn at a
-/// time, and of one pod no more than one in [`CROWDED_EVERY`].
+/// A sweep reads all of a pod's flows, and a pod can lack room all the time. So one pod at a time is swept out of
+/// turn, and each pod at most once in [`CROWDED_EVERY`].
 pub(in crate::control) struct Crowded {
     counters: CounterMap,
-    /// How often there was no room, of all pods.
+    /// How often there was no room, over all pods.
     total: u64,
     pods: HashMap<PodId, Wants>,
 }
 
-/// What is known of one pod.
+/// The sweeps of one pod.
 #[derive(Clone, Copy, Default)]
 struct Wants {
     /// How often it had found no room when it was last swept out of turn.
@@ -44,8 +44,8 @@ impl Crowded {
         }
     }
 
-    /// The pod to be swept out of turn, if any: of those that have wanted room since they were, the one that has
-    /// waited longest.
+    /// The pod to be swept out of turn, if any: of those that have lacked room since their last sweep, the one that
+    /// has waited longest.
     fn next(&mut self, pods: impl Iterator<Item = PodId>) -> Result<Option<PodId>> {
         let total = self.counters.counters()?.flows_full;
         if total == self.total {

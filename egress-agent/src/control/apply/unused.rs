@@ -9,19 +9,19 @@ use crate::datapath::Unused;
 const LATER: usize = 64;
 
 impl Applier {
-    /// Removes all maps that nobody uses any more together. Those that cannot be removed are tried again in the next
+    /// Removes all maps that nobody uses any more, together. Maps that cannot be removed are tried again in the next
     /// reconcile.
     ///
-    /// The kernel takes as long over removing an earlier version as over making one. The next edit does not wait for
-    /// that: a few versions are removed meanwhile, and a later reconcile sees the result.
+    /// The kernel takes as long to remove an earlier version as to create one. The next edit does not wait for that:
+    /// a thread removes a few versions, and a later reconcile sees the result.
     ///
     /// # Errors
     ///
     /// When some cannot be removed.
-    pub(super) fn drop_unused(&mut self) -> Result<()> {
+    pub(super) fn remove_unused(&mut self) -> Result<()> {
         let mut failure = Ok(());
-        if let Some(dropping) = self.dropping.take_if(|dropping| dropping.is_finished()) {
-            for (unused, dropped) in self.datapath.end_dropping(dropping) {
+        if let Some(removal) = self.removal.take_if(|removal| removal.is_finished()) {
+            for (unused, dropped) in self.datapath.end_removal(removal) {
                 if dropped.is_err() {
                     self.unused.push(unused);
                     failure = dropped;
@@ -30,24 +30,24 @@ impl Applier {
         }
         let is_policy = |unused: &Unused| matches!(unused, Unused::Policy(_));
         if failure.is_ok() && self.unused.len() <= LATER && self.unused.iter().all(is_policy) {
-            if self.dropping.is_none() && !self.unused.is_empty() {
-                self.dropping = Some(self.datapath.begin_dropping(&self.unused)?);
+            if self.removal.is_none() && !self.unused.is_empty() {
+                self.removal = Some(self.datapath.begin_removal(&self.unused)?);
                 self.unused.clear();
             }
             return Ok(());
         }
-        self.drop_now().and(failure)
+        self.remove_unused_now().and(failure)
     }
 
-    /// The same, and waits for it.
+    /// Removes them all, and waits for it.
     ///
     /// # Errors
     ///
     /// When some cannot be removed.
-    pub(super) fn drop_now(&mut self) -> Result<()> {
+    pub(super) fn remove_unused_now(&mut self) -> Result<()> {
         let unused = std::mem::take(&mut self.unused);
         let mut failure = Ok(());
-        for (&each, dropped) in unused.iter().zip(self.datapath.drop_unused(&unused)) {
+        for (&each, dropped) in unused.iter().zip(self.datapath.remove_unused(&unused)) {
             if dropped.is_err() {
                 self.unused.push(each);
                 failure = dropped;

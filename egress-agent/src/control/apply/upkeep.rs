@@ -1,4 +1,4 @@
-//! What is done in each reconcile, whatever is planned.
+//! The work of each reconcile that does not depend on the plan.
 
 use anyhow::Result;
 
@@ -21,7 +21,7 @@ use crate::{
     report::{Reporter, Subject},
 };
 
-/// What is kept as it should be in each reconcile, whatever is planned.
+/// The state of the work that each reconcile does, whatever is planned.
 pub(super) struct Upkeep {
     pub(super) hardware: Hardware,
     pub(super) node_addresses: NodeAddressMap,
@@ -44,7 +44,7 @@ impl Upkeep {
 }
 
 impl Applier {
-    /// Does what comes before a plan's actions: keeps from pods what is the node's and their neighbours'.
+    /// Does what comes before a plan's actions: protects the addresses of the node and of neighbours from pods.
     pub(in crate::control) fn protect_neighbours(
         &mut self,
         machine: &mut Machine,
@@ -97,7 +97,7 @@ impl Applier {
         if let Some(unsupported) = self.upkeep.stamps.unsupported() {
             problems.set(About::node("stamp check"), unsupported);
         }
-        if let Err(error) = self.drop_unused() {
+        if let Err(error) = self.remove_unused() {
             let about = About::node("maps that nobody uses any more");
             problems.set(about, format!("cannot remove all of them yet: {error:#}"));
         }

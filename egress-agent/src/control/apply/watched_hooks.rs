@@ -1,4 +1,4 @@
-//! What is remembered of the hooks of one interface: probes on their way, and attempts to come first.
+//! The state of one interface's hooks: probes on their way, and attempts to put the programs in front.
 
 use std::{
     collections::VecDeque,

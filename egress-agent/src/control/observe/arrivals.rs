@@ -1,4 +1,4 @@
-//! With clsact: leaving an interface alone until its network is complete.
+//! With clsact: leaving a new interface alone until its network is complete.
 //!
 //! An interface has room for one qdisc that filters hang on. While a pod's network is made, CNI plugins
 //! may add theirs (`bandwidth` does), and they fail when there is one already: no pod with a limit
@@ -50,7 +50,7 @@ impl Arrivals {
         }
     }
 
-    /// The agent is attached to these interfaces: there is nothing to wait for when their pods are gone.
+    /// Notes that the agent is attached to these interfaces, so that they need no wait when their pods are gone.
     pub(in crate::control) fn note_attached(
         &mut self,
         interfaces: impl IntoIterator<Item = IfIndex>,
@@ -99,7 +99,7 @@ impl Arrivals {
             .any(|ifindex| !self.made.contains(ifindex));
     }
 
-    /// Notes which processes there are now. Returns the networks in which one stays.
+    /// Records which processes there are now. Returns the networks in which one has stayed.
     fn note_processes(&mut self, there: HashSet<(i32, u32)>, now: Instant) -> HashSet<i32> {
         self.processes.retain(|process, _| there.contains(process));
         let mut inhabited = HashSet::new();

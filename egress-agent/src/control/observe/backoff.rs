@@ -1,4 +1,4 @@
-//! When to look again for what is expected and was not found.
+//! When to look again for something that is expected and was not found.
 
 use std::time::Duration;
 
@@ -9,8 +9,8 @@ const RETRY_MAX: Duration = Duration::from_secs(1);
 
 /// The wait after another look that found nothing: 9/8 of the last wait, capped.
 ///
-/// So something is noticed at the latest when it has been there for an eighth of the time that it took to come.
-/// Nothing tells when a pod's first process enters its control group, and its runtime takes some 100 ms for that.
+/// So something is noticed at the latest after another eighth of the time that it took to appear. The kernel sends no
+/// notice when a pod's first process enters its control group, which takes a runtime about 100 ms.
 pub(in crate::control) fn longer(wait: Duration) -> Duration {
     (wait * 9 / 8).min(RETRY_MAX)
 }

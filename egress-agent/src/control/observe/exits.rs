@@ -1,4 +1,4 @@
-//! Interfaces of pods that the agent cannot enforce: their traffic passes no host end.
+//! Exits: interfaces of pods that the agent cannot enforce, because their traffic passes no host end.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -16,20 +16,20 @@ use crate::{
     report::Subject,
 };
 
-/// A pod's networks are made one after the other: in its first time it is looked at often …
+/// A pod's networks are made one after the other, so it is checked often while it is young …
 const YOUNG: Duration = Duration::from_secs(15);
 const OFTEN: Duration = Duration::from_secs(1);
-/// … and then this seldom. That also bounds how many problems a pod causes by changing its interfaces.
+/// … and seldom afterwards. That also bounds how many problems a pod causes by changing its interfaces.
 const SELDOM: Duration = Duration::from_secs(10);
 
-/// How long `status` reports an interface that was there for a moment. It reports one such interface of each pod
-/// in that time.
+/// How long `status` reports an interface that existed only for a moment. In that time it reports one such interface
+/// of each pod.
 const PASSED_REPORTED_FOR: Duration = Duration::from_secs(60);
 
-/// Most interfaces that a problem names which belong to a namespace that is no pod's.
+/// Most interfaces of namespaces without a pod that one problem names.
 const STRANGE_NAMED: usize = 4;
 
-/// What is known of the exits of pods.
+/// The exits of pods.
 pub(in crate::control) struct PodExits {
     finder: ExitFinder,
     pods: BTreeMap<Subject, Known>,
@@ -41,9 +41,9 @@ pub(in crate::control) struct PodExits {
     on_host: BTreeMap<i32, Vec<Exit>>,
     /// The host's interfaces that belong to a namespace which is no pod's.
     strange: Vec<Exit>,
-    /// Interfaces that were there between two looks, or still are.
+    /// Interfaces that existed between two checks, or still do.
     seen: Vec<Link>,
-    /// Of each pod that had an interface for a moment only: that interface, and when it was there.
+    /// By pod: an interface that existed only for a moment, and when.
     passed: BTreeMap<Subject, (Exit, Instant)>,
 }
 
@@ -71,7 +71,7 @@ impl Known {
         }
     }
 
-    /// Whether it is time to look again.
+    /// Whether it is time to check again.
     fn is_due(&self, now: Instant) -> bool {
         let every = if now.duration_since(self.first) < YOUNG {
             OFTEN
@@ -102,12 +102,12 @@ impl PodExits {
         })
     }
 
-    /// Takes note of interfaces that were there since the last look.
+    /// Records interfaces that existed since the last check.
     pub(in crate::control) fn note_seen(&mut self, seen: Vec<Link>) {
         self.seen.extend(seen);
     }
 
-    /// Takes note of where pods are, and forgets those that are gone.
+    /// Records where pods are, and forgets those that are gone.
     pub(in crate::control) fn begin(
         &mut self,
         locations: &BTreeMap<Subject, Location>,
@@ -161,7 +161,7 @@ impl PodExits {
         }
     }
 
-    /// The problem with interfaces of the host that belong to a namespace which is no pod's.
+    /// The problem of interfaces of the host that belong to a namespace without a pod.
     pub(in crate::control) fn strange(&self) -> Option<String> {
         let named = self.strange.iter().take(STRANGE_NAMED);
         let named: Vec<String> = named.map(described).collect();
@@ -175,7 +175,7 @@ impl PodExits {
         })
     }
 
-    /// The problem of a pod that had an interface for a moment.
+    /// The problem of a pod that had an interface only for a moment.
     pub(in crate::control) fn passed(&self, key: &Subject) -> Option<String> {
         let (Exit { name, kind, .. }, _) = self.passed.get(key)?;
         Some(format!(
@@ -191,8 +191,8 @@ impl PodExits {
         exits.flatten().cloned().collect()
     }
 
-    /// The exits of a pod, and why they are not known in full. A pod that is found on
-    /// this machine (`all_found`) is found with all its host ends, at the latest by the next look.
+    /// The exits of a pod, and why they are not known in full. `all_found` says that every pod on this machine is
+    /// found; a pod is found with all its host ends at the latest by the next check.
     pub(in crate::control) fn of(
         &mut self,
         key: &Subject,
@@ -227,7 +227,7 @@ impl PodExits {
         result
     }
 
-    /// What was last seen of a pod.
+    /// The exits that were last seen of a pod.
     pub(in crate::control) fn last(&self, key: &Subject) -> Option<&Arc<Exits>> {
         self.pods.get(key).map(|known| &known.exits)
     }
@@ -244,12 +244,12 @@ fn described(exit: &Exit) -> String {
         LeadsTo::Host => "to an interface of the host",
         LeadsTo::Namespace => "to another network namespace",
         LeadsTo::Hardware => "to hardware",
-        LeadsTo::OnHost => "on the host, which gets what is sent to it in the pod",
+        LeadsTo::OnHost => "on the host, which receives the packets that the pod sends to it",
     };
     format!("{} ({kind}, {to})", exit.name)
 }
 
-/// The problem of a pod with exits, and what is done about it.
+/// The problem of a pod with exits, and what the agent does about it.
 pub(in crate::control) fn problem(exits: &Exits, and: UnenforcedInterfaces) -> String {
     let mut interfaces: Vec<String> = exits.named.iter().map(described).collect();
     if exits.more > 0 {

@@ -1,8 +1,9 @@
-//! The policy of a pod of which a part cannot be read.
+//! The policy of a pod when a part of it cannot be read.
 //!
 //! A policy has three parts: the pod's annotations, the lists of its namespace (annotations and policies), and the
-//! ordered rules of the cluster. If a part cannot be read, its last readable version stays, and the other parts count as
-//! they are now. Otherwise the author of one part could keep the others from the pod by an entry that cannot be read.
+//! ordered rules of the cluster. If a part cannot be read, its last readable version stays in force, and the current
+//! versions of the other parts apply. Otherwise the author of one part could keep the others from the pod with an
+//! unreadable entry.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -53,7 +54,7 @@ pub(super) struct Good {
     tiers: Option<Arc<Tiers>>,
 }
 
-/// Which parts of a pod's policy are those that it has now. The others are what could be read earlier, or nothing.
+/// Which parts of a pod's policy are current. The others are the last readable version, or nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(in crate::control) struct Present {
     /// The pod's annotations.
@@ -94,7 +95,7 @@ impl Tiers {
 }
 
 impl Parts {
-    /// What the pod has now.
+    /// The pod's current parts.
     pub(super) fn of(pod: &Pod) -> Self {
         let Objects {
             namespace,
@@ -118,7 +119,7 @@ impl Parts {
         }
     }
 
-    /// Whether the pod still has this. `sets` are compared if an entry uses one.
+    /// Whether these are still the pod's parts. `sets` are compared if an entry uses one.
     pub(super) fn are_of(&self, pod: &Pod, uses_sets: bool) -> bool {
         self.own.annotations == pod.annotations
             && self.shared.annotations == pod.namespace_annotations
@@ -127,7 +128,8 @@ impl Parts {
             && (!uses_sets || self.tiers.sets == pod.objects.sets)
     }
 
-    /// All together. Of a set that several parts use, the ordered rules' state counts first, then the namespace's.
+    /// All parts together. If several parts use a set, the ordered rules' version of it counts first, then the
+    /// namespace's.
     fn written(&self) -> Written {
         let Self { own, shared, tiers } = self;
         let mut sets = Arc::clone(&own.sets);
@@ -165,7 +167,7 @@ impl Parts {
         Ok((compiled, written))
     }
 
-    /// Which parts are those of now.
+    /// Which parts are the current ones.
     fn present(&self, now: &Self) -> Present {
         Present {
             own: Arc::ptr_eq(&self.own, &now.own),
@@ -174,7 +176,7 @@ impl Parts {
         }
     }
 
-    /// Whether it can be read.
+    /// Whether they can be read.
     fn is_readable(&self, settings: &Settings) -> bool {
         self.read(settings).is_ok()
     }
@@ -204,7 +206,7 @@ fn put_sets(sets: &mut Sets, annotations: &Texts, objects: &Objects) {
     }
 }
 
-/// Reads a policy, or what takes its place.
+/// Reads a policy, or what replaces it.
 pub(super) fn read(now: &Parts, before: Good, settings: &Settings) -> Read {
     let error = match now.read(settings) {
         Ok((compiled, written)) => {
@@ -233,7 +235,7 @@ pub(super) fn read(now: &Parts, before: Good, settings: &Settings) -> Read {
             .as_ref()
             .is_some_and(|shared| Arc::ptr_eq(shared, &now.shared));
     let of_own = [
-        // Otherwise this is what could not be read.
+        // Otherwise these are what could not be read.
         (!is_rest_present).then_some(&now.own),
         before.own.as_ref(),
     ];
@@ -261,7 +263,7 @@ pub(super) fn read(now: &Parts, before: Good, settings: &Settings) -> Read {
             };
         }
     }
-    // The pod's annotations were never readable, or the lists of its namespace: what they allow counts as empty.
+    // The pod's annotations, or the lists of its namespace, were never readable: what they allow counts as empty.
     let closed = Parts {
         own: Arc::default(),
         shared: shared.clone().unwrap_or_default(),
@@ -306,7 +308,7 @@ pub(super) fn read(now: &Parts, before: Good, settings: &Settings) -> Read {
     }
 }
 
-/// The ordered rules that count: those of now, if they can be read, or the last that could be.
+/// The ordered rules that count: the current ones, if they can be read, or the last readable ones.
 fn readable_tiers(now: &Parts, before: &Good, settings: &Settings) -> Option<Arc<Tiers>> {
     let alone = |tiers: &Arc<Tiers>| Parts {
         own: Arc::default(),
@@ -315,7 +317,7 @@ fn readable_tiers(now: &Parts, before: &Good, settings: &Settings) -> Option<Arc
     };
     match alone(&now.tiers).read(settings) {
         Ok(_) => Some(Arc::clone(&now.tiers)),
-        // The earlier addresses of peers may be those of other pods by now.
+        // The earlier addresses of peers may belong to other pods by now.
         Err(error) if error.is_over_prefixes() && now.tiers.have_peers() => None,
         Err(_) => {
             let tiers = before.tiers.clone();
@@ -363,7 +365,7 @@ fn without_tiers(error: &PolicyError, good: Good, settings: &Settings) -> Read {
     }
 }
 
-/// What stays in force instead of what the pod has now.
+/// What stays in force in place of the current parts.
 fn stays(now: &Parts, present: Present) -> String {
     let Parts { own, shared, tiers } = now;
     let is_stale_or_empty = |is_present: bool, is_empty: bool| !is_present || is_empty;

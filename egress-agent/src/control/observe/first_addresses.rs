@@ -25,8 +25,8 @@ use crate::{
 /// A plugin sets the addresses of one interface within this time of each other.
 const SETTLES_IN: Duration = Duration::from_millis(100);
 
-/// A look that comes this much later than the last one that saw no addresses may see those that a
-/// program chose: a container has been started within it.
+/// A look this much later than the last one without addresses may find addresses that a program chose: a container
+/// may have been started meanwhile.
 const LATE: Duration = Duration::from_secs(2);
 
 /// An interface that has no addresses for this long is not looked at any more: nobody configures it now.
@@ -51,7 +51,7 @@ struct Sight {
     settled: bool,
 }
 
-/// What was seen of each interface, by the index of its host end.
+/// The addresses that were seen on each interface, by the index of its host end.
 #[derive(Debug, Default)]
 pub(in crate::control) struct FirstSights {
     interfaces: HashMap<IfIndex, Sight>,
@@ -120,7 +120,7 @@ impl FirstSights {
             if sight.settled {
                 continue;
             }
-            // An interface that has gone, or moved, is another one at the next look.
+            // An interface that has gone, or moved, counts as a new one at the next look.
             let Ok(Some(addresses)) = host.addresses_of(link.ifindex, peer) else {
                 continue;
             };
@@ -136,8 +136,7 @@ impl FirstSights {
         }
     }
 
-    /// The addresses that these interfaces had at first sight, and of those the ones that no program
-    /// can have chosen.
+    /// The addresses that these interfaces had at first sight, and which of them no program can have chosen.
     pub(in crate::control) fn of(&self, interfaces: &[IfIndex]) -> FirstAddresses {
         let mut first = FirstAddresses::default();
         for sight in interfaces
@@ -167,7 +166,7 @@ pub(in crate::control) struct FirstAddresses {
 }
 
 impl Sight {
-    /// Takes note of the addresses that the interface has now.
+    /// Records the addresses that the interface has now.
     fn note(&mut self, addresses: &[IpAddr], now: Instant) {
         match self.with {
             None if addresses.is_empty() => {

@@ -52,7 +52,7 @@ pub(in crate::control) struct PodLocation {
     pub(in crate::control) first: FirstAddresses,
     /// The network namespaces on their other ends.
     pub(in crate::control) networks: Vec<Network>,
-    /// What is wrong with the location all the same.
+    /// A problem with the location, which counts all the same.
     pub(in crate::control) note: Option<String>,
 }
 
@@ -64,7 +64,7 @@ pub(in crate::control) enum PodLocations {
     OnHost(Box<OnHost>),
 }
 
-/// What a look at the machine yields.
+/// The result of one look at the machine.
 pub(super) struct Look {
     pub(super) locations: BTreeMap<Subject, Location>,
     /// The names and indexes of interfaces whose pods are not known; `None` when that cannot be
@@ -139,7 +139,7 @@ impl PodLocations {
         }
     }
 
-    /// How long to wait for the next look, which would otherwise be after this.
+    /// How long to wait before the next look, which would otherwise come `after` this time.
     pub(super) fn look_again(&self, after: Duration) -> Duration {
         match self {
             Self::OnHost(on_host) if on_host.waits_for_networks() => after.min(LOOK_AGAIN),

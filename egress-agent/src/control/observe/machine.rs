@@ -1,4 +1,4 @@
-//! This machine: its interfaces, its addresses, and a handle for looking at more of it.
+//! This machine: its interfaces, its addresses, and a handle for reading more.
 
 use std::{collections::HashSet, io, net::IpAddr};
 
@@ -27,7 +27,7 @@ impl Machine {
         }
     }
 
-    /// Reads the addresses and the gateways again. What cannot be read stays as it was.
+    /// Reads the addresses and the gateways again. Those that cannot be read stay as they were.
     pub(super) fn look_at_addresses(&mut self) {
         match self.host.own_addresses() {
             Ok(addresses) => self.addresses = addresses.into_iter().collect(),

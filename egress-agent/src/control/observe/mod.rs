@@ -1,7 +1,7 @@
-//! Step 1: reads what there is.
+//! Step 1: reads the state of the source, the machine and the kernel.
 //!
-//! [`Observer::observe`] puts together what the source says of pods, where they are on this machine, what their
-//! annotations mean, and what is enforced. The result, [`Observed`], is plain data: the plan that is made from it
+//! [`Observer::observe`] combines what the source says about pods, where they are on this machine, what their
+//! annotations mean, and what is enforced. The result, [`Observed`], is plain data: a plan made from it
 //! ([`super::plan`]) needs no kernel, no gate and no clock.
 //!
 //! | file | what it reads |
@@ -10,12 +10,11 @@
 //! | `quarantine`, `arrivals` | interfaces whose pods are not known, and those that are left alone at first |
 //! | `first_addresses`, `owners` | the addresses that interfaces were made with, and whose addresses are known |
 //! | `exits` | interfaces of pods that nobody can enforce |
-//! | `policies` | what annotations mean |
+//! | `policies`, `fallback` | what annotations mean, and what counts when they cannot be read |
 //! | `unjudged` | interfaces that nobody has judged until now |
-//! | `answers`, `taps` | signs that packets take another way than by the agent's programs |
-//! | `unlocated`, `backoff` | since when pods are looked for, and when to look again |
+//! | `unseen_responses`, `taps` | signs that packets bypass the agent's programs |
+//! | `unlocated`, `backoff` | how long pods have been looked for, and when to look again |
 
-pub(in crate::control) mod answers;
 pub(in crate::control) mod arrivals;
 pub(in crate::control) mod backoff;
 pub(in crate::control) mod exits;
@@ -31,6 +30,7 @@ pub(in crate::control) mod quarantine;
 pub(in crate::control) mod taps;
 pub(in crate::control) mod unjudged;
 pub(in crate::control) mod unlocated;
+pub(in crate::control) mod unseen_responses;
 
 use std::{
     borrow::Cow,
@@ -56,7 +56,6 @@ use crate::{
 };
 pub(in crate::control) use fallback::Present;
 
-use answers::Answers;
 use egress_policy::{Compiled, Mode, Objects};
 use exits::PodExits;
 use locations::{Location, PodLocation, PodLocations};
@@ -66,6 +65,7 @@ use policies::Policies;
 use taps::Taps;
 use unjudged::Unjudged;
 use unlocated::Unlocated;
+use unseen_responses::UnseenResponses;
 
 /// Everything that a plan is made from.
 pub(in crate::control) struct Observed<'a> {
@@ -83,7 +83,7 @@ pub(in crate::control) struct Observed<'a> {
     pub(in crate::control) node_uid: Option<&'a str>,
     /// What is enforced.
     pub(in crate::control) enforced: BTreeMap<Subject, InForce>,
-    /// What is in the kernel though no pod is enforced with it, by the pod's id: left by an earlier agent, or by
+    /// State in the kernel with which no pod is enforced, by the pod's id: left by an earlier agent, or by
     /// an attempt that failed.
     pub(in crate::control) left: BTreeMap<PodId, Adoptable>,
     /// The interfaces that nobody has judged until now.
@@ -92,13 +92,13 @@ pub(in crate::control) struct Observed<'a> {
     pub(in crate::control) owners: Owners,
     /// The names of the host's interfaces, by their indexes.
     pub(in crate::control) interface_names: HashMap<IfIndex, String>,
-    /// What the policies were compiled with.
+    /// The settings with which the policies were compiled.
     pub(in crate::control) policy_settings: egress_policy::Settings,
     /// When this agent began.
     pub(in crate::control) began: Instant,
-    /// What is wrong with the source, or with the node.
+    /// Problems of the source, and of the node.
     pub(in crate::control) problems: Problems,
-    /// Why DNS responses may take another way than through the agent's programs.
+    /// Why DNS responses may bypass the agent's programs.
     pub(in crate::control) unseen_responses: Option<&'static str>,
 }
 
@@ -106,10 +106,10 @@ pub(in crate::control) struct Observed<'a> {
 pub(in crate::control) struct ObservedPod<'a> {
     pub(in crate::control) pod: Cow<'a, Pod>,
     pub(in crate::control) location: Location,
-    /// What its annotations mean; or what they meant when they could be read last; or a closed policy.
+    /// What its annotations mean, or meant when they could last be read, or a closed policy.
     pub(in crate::control) policy: Arc<Compiled>,
-    /// Its interfaces that nobody can enforce, and why they are not known in full. Not looked at where the pod is
-    /// not to be enforced, or not known.
+    /// Its interfaces that cannot be enforced, and why they are not known in full. They are not read for a pod that
+    /// is not known or is not to be enforced.
     pub(in crate::control) exits: Option<(Arc<Exits>, Option<String>)>,
 }
 
@@ -118,17 +118,17 @@ pub(in crate::control) struct ObservedPod<'a> {
 pub(in crate::control) struct InForce {
     /// The pod's id in the maps.
     pub(in crate::control) pod: PodId,
-    /// What it is under.
+    /// Its policy and its interfaces.
     pub(in crate::control) wanted: Arc<Wanted>,
 }
 
-/// What is enforced, and what is left in the kernel besides.
+/// The enforced pods, and other state that is left in the kernel.
 pub(in crate::control) struct InKernel {
     pub(in crate::control) enforced: BTreeMap<Subject, InForce>,
     pub(in crate::control) left: BTreeMap<PodId, Adoptable>,
 }
 
-/// Reads, and remembers what an observation needs of earlier ones.
+/// Makes observations, and remembers the parts of earlier ones that it needs.
 pub(in crate::control) struct Observer {
     in_cluster: bool,
     began: Instant,
@@ -136,10 +136,10 @@ pub(in crate::control) struct Observer {
     pub(in crate::control) exits: PodExits,
     pub(in crate::control) policies: Policies,
     pub(in crate::control) taps: Taps,
-    answers: Answers,
-    /// What the gate counts.
+    unseen_responses: UnseenResponses,
+    /// The gate's counters.
     stats: Arc<Stats>,
-    /// What the programs count.
+    /// The programs' counters.
     counters: CounterMap,
     pub(in crate::control) unjudged: Unjudged,
     unlocated: Unlocated,
@@ -167,14 +167,14 @@ impl Observer {
             exits: PodExits::open().context("cannot look at pods' interfaces")?,
             policies: Policies::new(policy_settings),
             taps: Taps::open()?,
-            answers: Answers::default(),
+            unseen_responses: UnseenResponses::default(),
             stats,
             counters,
             unlocated: Unlocated::default(),
         })
     }
 
-    /// Takes note of interfaces that were there since the last observation.
+    /// Records interfaces that existed since the last observation.
     pub(in crate::control) fn note_seen(&mut self, seen: Vec<Link>) {
         self.exits.note_seen(seen);
     }
@@ -206,7 +206,7 @@ impl Observer {
         }
         let counters = self.counters.counters().unwrap_or_default();
         let passed = (counters.passed_questions, counters.passed_answers);
-        let unseen_responses = self.answers.problem(&self.stats, passed);
+        let unseen_responses = self.unseen_responses.problem(&self.stats, passed);
         if let Some(what) = unseen_responses {
             problems.set(About::node("DNS"), what);
         }
@@ -257,7 +257,7 @@ impl Observer {
         self.locations.note_attached(attached);
         let look = self.locations.look(machine, source);
         let mut locations = look.locations;
-        // A pod of which nothing runs any more is still enforced on its interface.
+        // A pod that no longer runs anything is still enforced on its interface.
         let mut held = held(source, enforced, &locations);
         held.extend(kept_left(source, left));
         let mut unidentified = look.unidentified.unwrap_or_else(|| {
@@ -316,8 +316,8 @@ impl Observer {
         }
     }
 
-    /// Takes note of the pods that the plan leaves alone and of those that it could not find. Adds to the problems
-    /// of the plan which of these have been looked for too long.
+    /// Records the pods that the plan leaves alone and those that it could not find. Adds to the plan's problems
+    /// those that have been looked for too long.
     pub(in crate::control) fn note(&mut self, observed: &Observed<'_>, plan: &mut Plan) {
         self.unjudged.leave(&plan.left_alone);
         let unlocated = std::mem::take(&mut plan.unlocated);
@@ -325,7 +325,7 @@ impl Observer {
         plan.problems.extend(unlocated);
     }
 
-    /// How long to wait for the next observation, which would otherwise be after this.
+    /// How long to wait before the next observation, which would otherwise come `after` this time.
     pub(in crate::control) fn look_again(&self, after: Duration) -> Duration {
         self.locations.look_again(after)
     }

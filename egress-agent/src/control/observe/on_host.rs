@@ -21,10 +21,10 @@ use crate::{
 
 /// How long a location is used without another look, as long as its interfaces are there.
 const BELIEVED_FOR: Duration = Duration::from_secs(10);
-/// The same, when every interface has its pod: quarantine would show another interface of the pod.
+/// How long a location is used when every interface has its pod: quarantine would show another interface of the pod.
 const BELIEVED_LONGER_FOR: Duration = Duration::from_secs(60);
 
-/// What is known of pods that are found by their control groups.
+/// Finds pods by their control groups, and remembers their locations.
 pub(in crate::control) struct OnHost {
     quarantine: Quarantine,
     /// With clsact: the interfaces that are left alone until their networks are complete.
@@ -93,13 +93,13 @@ impl OnHost {
         self.unidentified
     }
 
-    /// Whether an interface is left alone until its network is made.
+    /// Whether an interface is left alone until its network is complete.
     pub(super) fn waits_for_networks(&self) -> bool {
         let arrivals = self.arrivals.as_ref();
         arrivals.is_some_and(|arrivals| arrivals.waiting)
     }
 
-    /// The agent is attached to these interfaces.
+    /// Notes that the agent is attached to these interfaces.
     pub(super) fn note_attached(&mut self, interfaces: impl IntoIterator<Item = IfIndex>) {
         if let Some(arrivals) = &mut self.arrivals {
             arrivals.note_attached(interfaces);

@@ -1,4 +1,4 @@
-//! Whose addresses are known.
+//! Who has which address, as far as it is known.
 
 use std::{
     borrow::Cow,

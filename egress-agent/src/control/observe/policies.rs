@@ -1,4 +1,4 @@
-//! Reading pods' annotations and policy objects, and remembering the last policy that could be read.
+//! Reading pods' annotations and policy objects, and remembering the last readable policy.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -12,25 +12,25 @@ use egress_policy::{
     },
 };
 
-/// The policy of one pod, and what it was read from.
+/// The policy of one pod, and its inputs.
 struct Reading {
     uid: String,
     parts: Parts,
-    /// Whether an entry uses a set: then a change of the sets may change the policy.
+    /// Whether an entry uses a set, so that a change of the sets may change the policy.
     uses_sets: bool,
-    /// The policy without what it says of Services.
+    /// The policy without its rules for Services.
     alone: Arc<Compiled>,
     /// The rules that it needs for Services.
     for_services: ByService,
     compiled: Arc<Compiled>,
-    /// What is wrong with these rules.
+    /// The problem with these rules.
     services_problem: Option<String>,
     /// The parts that could be read, now or earlier.
     good: Good,
     problem: Option<String>,
     /// What `compiled` was read from.
     written: Arc<Written>,
-    /// Which parts of `compiled` are those that the pod has now.
+    /// Which parts of `compiled` are current.
     present: Present,
     /// Whether `compiled` was compiled with the present settings.
     current: bool,
@@ -52,7 +52,7 @@ impl Reading {
     }
 }
 
-/// A policy with the rules that it needs for Services, and what is wrong with these.
+/// A policy with the rules that it needs for Services, and the problem with these.
 fn complete(
     alone: &Arc<Compiled>,
     for_services: &ByService,
@@ -85,8 +85,8 @@ impl Policies {
         }
     }
 
-    /// The pod's policy, as its annotations and objects say. Of what cannot be read, the last that could be read counts
-    /// ([`fallback`](super::fallback)).
+    /// The pod's policy, from its annotations and objects. For a part that cannot be read, the last readable version
+    /// counts ([`fallback`](super::fallback)).
     pub(in crate::control) fn read(&mut self, key: &Subject, pod: &Pod) -> Arc<Compiled> {
         let before = self.pods.get(key).filter(|reading| reading.uid == pod.uid);
         if let Some(reading) = before
@@ -118,7 +118,7 @@ impl Policies {
         compiled
     }
 
-    /// Takes note of the Services that there are. Only policies change that say something of one that has changed.
+    /// Takes the Services of the cluster. Only policies change that name a Service which has changed.
     pub(in crate::control) fn take_services(
         &mut self,
         services: &Arc<Services>,
@@ -135,7 +135,7 @@ impl Policies {
         }
     }
 
-    /// The Services of which a policy says something.
+    /// The Services that policies name.
     pub(in crate::control) fn services_in_force(&self) -> Services {
         let all = self.pods.values();
         let names = all
@@ -155,7 +155,7 @@ impl Policies {
         }
     }
 
-    /// The last reading of a pod: its policy, what it comes from, and which parts of that are the present ones.
+    /// The last reading of a pod: its policy, what it was read from, and which parts of that are current.
     pub(in crate::control) fn last(
         &self,
         key: &Subject,
@@ -164,7 +164,7 @@ impl Policies {
         Some((&reading.compiled, &reading.written, reading.present))
     }
 
-    /// The present settings.
+    /// The current settings.
     pub(in crate::control) fn settings(&self) -> &Settings {
         &self.settings
     }

@@ -21,8 +21,9 @@ pub(in crate::control) const CLOSED: &str = "closed to the outside: it leads int
                                  no pod of this node is known to be there. If it is no pod's, name \
                                  it in quarantine.exclude";
 
-/// The names and indexes of the interfaces in quarantine, where it cannot be found out which have no pod: those that
-/// are in quarantine now, and with `links` all others that are enforced. Those of pods that are gone are among them.
+/// The names and indexes of the interfaces in quarantine when it cannot be found out which interfaces have no pod:
+/// those in quarantine now, and with `links` all others that are enforced. Interfaces of pods that are gone are among
+/// them.
 pub(super) fn as_before(
     enforced: &BTreeMap<Subject, InForce>,
     links: Option<&Links>,
@@ -41,7 +42,7 @@ pub(super) fn as_before(
     interfaces.collect()
 }
 
-/// What stands for an interface whose pod is not known.
+/// The stand-in for the unknown pod of an interface.
 pub(in crate::control) fn stand_in(interface: &str) -> (Subject, Pod) {
     let pod = Pod {
         namespace: String::new(),

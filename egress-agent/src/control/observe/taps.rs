@@ -1,7 +1,7 @@
 //! Finding packet sockets and XDP programs, which see packets of enforced interfaces before the agent's programs do.
 //!
-//! They do not make a pod count as not enforced: a capture is one of them, and does no harm. But a datapath that
-//! forwards the packets that it reads there also sends those that are reported as denied.
+//! They do not make a pod count as not enforced: a packet capture is one of them and does no harm. But a datapath
+//! that forwards the packets that it reads there also forwards packets that are reported as denied.
 
 use std::time::{Duration, Instant};
 
@@ -31,7 +31,7 @@ impl Taps {
         })
     }
 
-    /// Looks for them, if it is time to.
+    /// Looks for them when it is time to.
     pub(in crate::control) fn look(&mut self) {
         if self.looked.is_some_and(|at| at.elapsed() < EVERY) {
             return;
@@ -47,7 +47,7 @@ impl Taps {
         }
     }
 
-    /// The problem of the whole node: what it is about, and what is wrong.
+    /// The problem of the whole node, and what it is about.
     pub(in crate::control) fn of_node(&self) -> Option<(String, String)> {
         let what = match (&self.failed, self.found.on_all) {
             (Some(failed), _) => failed.clone(),

@@ -32,7 +32,7 @@ impl Unjudged {
         }
     }
 
-    /// These interfaces are there now.
+    /// Records the interfaces that are there now.
     pub(in crate::control) fn look(&mut self, there: &HashSet<IfIndex>) {
         if self.looked {
             self.free.retain(|ifindex| there.contains(ifindex));
@@ -42,12 +42,12 @@ impl Unjudged {
         self.looked = true;
     }
 
-    /// These interfaces are not judged from now on.
+    /// Records that these interfaces are not judged from now on.
     pub(in crate::control) fn leave(&mut self, interfaces: &[IfIndex]) {
         self.free.extend(interfaces);
     }
 
-    /// These interfaces are judged from now on.
+    /// Records that these interfaces are judged from now on.
     pub(in crate::control) fn judge(&mut self, interfaces: &[IfIndex]) {
         for ifindex in interfaces {
             self.free.remove(ifindex);

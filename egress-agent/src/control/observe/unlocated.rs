@@ -1,4 +1,4 @@
-//! Pods that are not where they should be, yet or any more.
+//! Pods that are not found where they should be, yet or any more.
 
 use std::{
     collections::BTreeMap,
@@ -47,8 +47,8 @@ struct Awaited {
 pub(in crate::control) struct Unlocated(BTreeMap<Subject, Awaited>);
 
 impl Unlocated {
-    /// Takes note of the pods that cannot be found now. Returns those that have been looked for so long that
-    /// somebody should know, each with the reason.
+    /// Records the pods that cannot be found now. Returns those that have been looked for too long, each with the
+    /// reason.
     pub(super) fn note(
         &mut self,
         unlocated: BTreeMap<Subject, Absence>,
@@ -76,7 +76,7 @@ impl Unlocated {
             } else {
                 PATIENCE
             };
-            // Nothing of a pending pod runs that could send something.
+            // Nothing of a pending pod runs, so nothing of it can send.
             if !pod.is_pending && now.duration_since(since) >= patience {
                 overdue.push((subject, why));
             }

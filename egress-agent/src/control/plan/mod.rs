@@ -1,7 +1,8 @@
 //! Step 2: decides what is to be done.
 //!
-//! [`plan`] compares the pods that there are with what is enforced. It neither reads nor changes anything, so its rules are
-//! tested without a kernel (`rules.rs`, `rules_of_pods.rs`), and checked over random histories of a node (`properties.rs`).
+//! [`plan`] compares the pods that there are with what is enforced. It neither reads nor changes anything, so its rules
+//! are tested without a kernel (`plan_tests.rs`, `pod_tests.rs`), and checked over random histories of a node
+//! (`property_tests.rs`).
 //!
 //! The actions are in the order in which they are done:
 //!
@@ -11,7 +12,7 @@
 //! 3. **Prepare** the maps of all new policies, for all pods together: the kernel takes as long over one as over
 //!    many.
 //! 4. **Change** the policies of enforced pods, and **move** pods to other interfaces: one write each.
-//! 5. **Adopt** what an earlier agent left: the programs are attached already.
+//! 5. **Adopt** pods that an earlier agent left: the programs are attached already.
 //! 6. **Begin** with new pods. Attaching takes some 30 ms for each interface.
 //! 7. **Settle** those of them that may have connections from before.
 //! 8. **Remove** the pods that were released, and interfaces in quarantine that their pods have taken over.
@@ -19,13 +20,13 @@
 //! 9. **Remove** retired pods, and state in the kernel that no pod claims.
 
 mod own_addresses;
+#[cfg(test)]
+mod plan_tests;
 mod pod;
 #[cfg(test)]
-mod properties;
+mod pod_tests;
 #[cfg(test)]
-mod rules;
-#[cfg(test)]
-mod rules_of_pods;
+mod property_tests;
 #[cfg(test)]
 pub(in crate::control) mod scene;
 mod targets;
@@ -50,14 +51,14 @@ use egress_common::ids::{IfIndex, PodId};
 use targets::Targets;
 use wanted::Wanted;
 
-/// What is to be done, and what is wrong.
+/// The actions to be done, and the problems that were found.
 #[derive(Default)]
 pub(in crate::control) struct Plan {
     /// What to do, in this order.
     pub(in crate::control) actions: Vec<Action>,
-    /// What is wrong with pods.
+    /// Problems of pods.
     pub(in crate::control) problems: BTreeMap<Subject, String>,
-    /// What is wrong with something else, and with pods that are not in the source.
+    /// Problems of something else, and of pods that are not in the source.
     pub(in crate::control) other_problems: Problems,
     /// The pods that cannot be found now, each with the reason.
     pub(in crate::control) unlocated: BTreeMap<Subject, Absence>,
@@ -65,8 +66,8 @@ pub(in crate::control) struct Plan {
     pub(in crate::control) left_alone: Vec<IfIndex>,
     /// The pods of an earlier agent that stay in the kernel as that agent left them, by their ids.
     pub(in crate::control) kept: Vec<PodId>,
-    /// The interfaces on which a pod is to be enforced, now or when another pod has left them. Until then nothing passes
-    /// there: the programs stay attached.
+    /// The interfaces on which a pod is to be enforced, now or when another pod has left them. Until then nothing
+    /// passes there: the programs stay attached.
     pub(in crate::control) claimed: HashSet<IfIndex>,
 }
 
@@ -114,7 +115,7 @@ pub(in crate::control) enum Action {
     },
 }
 
-/// What is done about connections that a pod had before it is enforced.
+/// How connections are treated that a pod had before it is enforced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::control) enum Before {
     /// Nothing: all of them were judged.
@@ -127,7 +128,7 @@ pub(in crate::control) enum Before {
     NoteNow,
 }
 
-/// What is to be done with these pods. `now` is the time.
+/// Plans what is to be done with these pods. `now` is the time.
 pub(in crate::control) fn plan(observed: &Observed<'_>, settings: &Settings, now: Instant) -> Plan {
     let mut plan = Plan::default();
     let targets = Targets::decide(observed, settings, &mut plan);

@@ -1,7 +1,7 @@
 //! Which addresses a pod may send from.
 //!
 //! The addresses in `status.podIPs`, and those that its interfaces had when they were made, unless somebody else may
-//! have them. A pod that sends in another's name can draw their traffic, or forge a resolver's responses. The pod's
+//! have them. A pod that sends in another's name can draw its traffic, or forge a resolver's responses. The pod's
 //! author writes its annotations, so no annotation gives a pod an address.
 
 use std::{collections::HashSet, net::IpAddr};
@@ -60,7 +60,7 @@ pub(super) fn own_addresses(
             Some(whose) => {
                 refused.insert(address);
                 notes.push(format!(
-                    "the address {address} of its interface is {whose}: it is not taken for the \
+                    "the address {address} of its interface is {whose}: it does not count as the \
                      pod's own"
                 ));
             }
@@ -70,7 +70,7 @@ pub(super) fn own_addresses(
         if !own.contains(address) && !refused.contains(address) {
             notes.push(format!(
                 "the address {address} in its network status is not one that its interfaces were \
-                 seen to be made with: it is not taken for the pod's own"
+                 seen to be made with: it does not count as the pod's own"
             ));
         }
     }

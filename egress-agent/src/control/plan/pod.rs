@@ -1,4 +1,4 @@
-//! What should be done with one pod.
+//! The decision about one pod.
 
 use std::{borrow::Cow, collections::HashMap, sync::Arc};
 
@@ -23,18 +23,20 @@ use egress_policy::{Annotations, Compiled, Mode};
 /// Why a pod is not under a policy of its own.
 const UNKNOWN_OBJECTS: &str = "which policy objects select it is not known, because the API server does not list a kind of them";
 
-/// What should be done with one pod.
+/// The decision about one pod.
 pub(super) enum Decision {
-    /// Put it under this; the text says what is wrong all the same.
+    /// Put it under this; the text is a problem that exists all the same.
     Enforce(Arc<Wanted>, Option<String>),
     /// Do not enforce it, for now or for good; the text says why where somebody should know.
     Free(Option<String>),
-    /// Keep what is in force, because what should be cannot be found out; the text says why where somebody should
-    /// know.
+    /// Keep what is in force, because what should be in force cannot be found out; the text says why, where somebody
+    /// should know.
     Keep(Option<String>),
-    /// Keep what an earlier agent left in force, because what should be cannot be found out; the text says why.
+    /// Keep what an earlier agent left in force, because what should be in force cannot be found out; the text says
+    /// why.
     KeepLeft(String),
-    /// Nobody can be enforced on its interfaces because others are; the text says who. None of them is released.
+    /// Enforce nobody on its interfaces, because others are enforced there; the text says who. None of them is
+    /// released.
     Refuse(String),
     /// Keep the pod on its earlier interfaces, because it cannot be found any more. The text says why. It becomes a
     /// problem only if that lasts: every pod ends like this. The pod gets this version there; without one, its present
@@ -160,7 +162,7 @@ pub(super) fn decide(
     let (own, not_own) = own_addresses(settings, owners, subject, pod, location);
     notes.extend(not_own);
     let on_deny = if subject.is_interface() {
-        // The program that runs there is to try again, not to give up.
+        // The program in the pod should try again instead of giving up.
         OnDeny::Drop
     } else {
         settings.config.on_deny
@@ -194,8 +196,8 @@ pub(super) fn decide(
     Decision::Enforce(wanted(closed), Some(format!("{why}; {follows}")))
 }
 
-/// The pod's policy where it is enforced now, with the own addresses that it has there. `None` if it is closed there for
-/// another reason than its policy: that reason may still hold.
+/// The pod's policy where it is enforced now, with the own addresses that it has there. `None` if it is closed there
+/// for another reason than its policy: that reason may still hold.
 fn in_place(
     observed: &Observed<'_>,
     settings: &Settings,
@@ -244,7 +246,7 @@ fn already_anothers(
     }
 }
 
-/// What becomes of a pod's traffic under a closed policy in this mode.
+/// What happens to a pod's traffic under a closed policy in this mode.
 fn follows(mode: Mode) -> &'static str {
     match mode {
         Mode::Enforce => "everything external is denied",

@@ -1,4 +1,4 @@
-//! A node out of plain values, for tests of plans.
+//! A simulated node, for tests of plans.
 
 use std::{
     borrow::Cow,
@@ -17,7 +17,7 @@ use super::{Action, Before, Plan, plan, wanted::Wanted};
 use crate::{
     config::Config,
     control::{
-        inherited::Inherited,
+        inherited_ranges::Inherited,
         observe::{
             InForce, Observed, ObservedPod,
             locations::{Location, PodLocation},
@@ -182,7 +182,7 @@ impl Scene {
         plan
     }
 
-    /// What a successful action of this plan leads to.
+    /// Changes the node as a successful action of this plan does.
     pub(super) fn carry_out(&mut self, action: &Action, plan: &Plan) {
         match action {
             Action::Release(_) | Action::Settle => {}
@@ -268,8 +268,8 @@ impl Scene {
         left.map(|(&pod, _)| pod)
     }
 
-    /// Takes the programs off the interfaces that a pod has left, except those that this pod or another one has, or is to
-    /// have.
+    /// Takes the programs off the interfaces that a pod has left, except those that this pod or another one has, or is
+    /// to have.
     fn detach(&mut self, interfaces: impl Iterator<Item = IfIndex>, plan: &Plan) {
         for ifindex in interfaces {
             if self.is_somebodys(ifindex) {
@@ -307,7 +307,7 @@ impl Scene {
         self.unjudged = Unjudged::new(true, left.collect());
     }
 
-    /// What is in force stays so, and nobody is enforced with it any more.
+    /// Turns an enforced pod into state that is left in the kernel.
     fn leave(&mut self, subject: &Subject, in_force: &InForce) {
         let (namespace, name) = subject.fields();
         let entry = in_force
@@ -323,7 +323,7 @@ impl Scene {
         self.left.insert(in_force.pod, left);
     }
 
-    /// What is wrong with a pod.
+    /// The problem of a pod.
     pub(super) fn problem(&self, name: &str) -> String {
         let problems = self.plan().problems;
         problems.get(&subject(name)).cloned().unwrap_or_default()
@@ -371,8 +371,8 @@ fn annotations_of(annotations: &[(&str, &str)]) -> BTreeMap<String, String> {
         .collect()
 }
 
-/// An action in a few words, for comparisons.
-pub(super) fn told(plan: &Plan) -> Vec<String> {
+/// The actions of a plan, each in a few words.
+pub(super) fn summary(plan: &Plan) -> Vec<String> {
     let name = |subject: &Subject| subject.fields().1.to_owned();
     let actions = plan.actions.iter().map(|action| match action {
         Action::Release(subjects) => {

@@ -1,4 +1,4 @@
-//! What should become of each pod.
+//! The decision about each pod of the source.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -21,11 +21,11 @@ use crate::{
     report::Subject,
 };
 
-/// What should become of each pod.
+/// The decisions about all pods.
 pub(super) struct Targets<'a> {
-    /// What is enforced, without `gone`.
+    /// The enforced pods, without `gone`.
     pub(super) enforced: BTreeMap<&'a Subject, &'a InForce>,
-    /// What is enforced, but the pod is gone, or another one has its name now.
+    /// Enforced pods that are gone, or whose name another pod has now.
     pub(super) gone: Vec<(&'a Subject, &'a InForce)>,
     /// The pods that are to be enforced.
     pub(super) wanted: Vec<(&'a Subject, Arc<Wanted>)>,

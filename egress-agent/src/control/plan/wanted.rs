@@ -1,4 +1,4 @@
-//! What a pod should be under: a policy, on interfaces.
+//! The wanted enforcement of a pod: a policy, on interfaces.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -18,7 +18,7 @@ use crate::{
 };
 use egress_policy::{Compiled, Mode};
 
-/// What a pod should be under.
+/// The wanted enforcement of a pod.
 #[derive(Clone, Debug)]
 pub(in crate::control) struct Wanted {
     pub(in crate::control) uid: String,
@@ -31,7 +31,7 @@ pub(in crate::control) struct Wanted {
     pub(in crate::control) record: Policy,
     pub(in crate::control) mode: u32,
     pub(in crate::control) flags: u32,
-    /// The number of the ranges that it is under. Other ranges make another version.
+    /// The number of the ranges that it is under. Different ranges make a new version.
     ranges: u64,
 }
 
@@ -183,8 +183,8 @@ impl Wanted {
         self.ranges = Self::NO_RANGES;
     }
 
-    /// Whether every entry of the pod's allow map under the other version is right under this one, and none is missing:
-    /// names give addresses the same classes, and the classes mean the same.
+    /// Whether every entry of the pod's allow map under the other version is right under this one, and none is
+    /// missing: names give addresses the same classes, and the classes mean the same.
     pub(in crate::control) fn has_allow_map_of(&self, other: &Self) -> bool {
         self.record.names_alike(&other.record)
             && self.compiled.names.grants_alike(&other.compiled.names)

@@ -1,4 +1,4 @@
-//! Making denial lines out of the kernel's denial records.
+//! Writing denial lines from the kernel's denial records.
 
 use std::{
     collections::HashMap,
@@ -75,7 +75,7 @@ impl DenialReader {
         self.thread.is_finished()
     }
 
-    /// Reads what is left and ends the thread.
+    /// Reads the remaining records and ends the thread.
     pub(in crate::control) fn stop(self) {
         self.stop.store(true, Ordering::Release);
         if self.thread.join().is_err() {
@@ -150,7 +150,7 @@ impl Reader {
                 return;
             }
             let mut fds = [PollFd::new(self.ring.as_fd(), PollFlags::POLLIN)];
-            // An interrupted wait is as good as one that ended.
+            // An interrupted wait counts as one that has ended.
             let _ = poll(&mut fds, PollTimeout::from(PATIENCE_MS));
         }
     }
@@ -233,7 +233,7 @@ fn denied(
     }
 }
 
-/// The losses that the kernel counts, and what was logged of them.
+/// The losses that the kernel counts, and how many of them were logged.
 struct Losses {
     map: CounterMap,
     /// The pods, and their meters when they were last read. A pod that is gone stays until its
@@ -252,7 +252,7 @@ impl Losses {
         }
     }
 
-    /// Takes note of the pods in the kernel. An adopted pod begins with the losses that an earlier agent did not log.
+    /// Adds new pods in the kernel. An adopted pod begins with the losses that an earlier agent did not log.
     fn meet(&mut self, known: &PodsById) {
         for (&id, pod) in known {
             self.pods

@@ -1,4 +1,4 @@
-//! Events on pods, which tell people in the cluster what the log and the denial lines say.
+//! Kubernetes Events on pods, which show people in the cluster what the log and the denial lines say.
 
 use super::problems::Problems;
 use crate::{
@@ -14,7 +14,7 @@ const DENIED: &str = "EgressDenied";
 /// Something that the pod sent would not have left, if its policy were enforced.
 const WOULD_DENY: &str = "EgressWouldBeDenied";
 
-/// What has become wrong with pods since the last reconcile, as Events.
+/// The problems of pods that are new since the last reconcile, as Events.
 pub(super) fn problems<'a>(
     observed: &'a Observed<'_>,
     problems: &'a Problems,

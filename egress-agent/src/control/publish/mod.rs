@@ -1,18 +1,18 @@
-//! Step 4: tells people and the other threads what is so now.
+//! Step 4: publishes the result to people and to the other threads.
 //!
-//! | file | whom it tells what |
+//! | file | to whom, and what |
 //! |---|---|
-//! | `problems` | the log: what is wrong since this reconcile, and what no longer is |
+//! | `problems` | the log: new problems, and those that are gone |
 //! | `events` | people in the cluster: the same, and denials, as Events on pods |
-//! | `status` | `serve/`: what `status`, `explain` and the metrics answer with |
+//! | `status` | `serve/`: the snapshot from which `status`, `explain` and the metrics are answered |
 //! | `denials` | people: a line for each packet that was denied |
-//! | `applied`, `report` | people in the cluster: which policies are in force, in one object for the node |
+//! | `applied_policies`, `node_report` | people in the cluster: which policies are in force, in one object for the node |
 
-mod applied;
+mod applied_policies;
 pub(in crate::control) mod denials;
 pub(in crate::control) mod events;
+mod node_report;
 pub(in crate::control) mod problems;
-mod report;
 pub(in crate::control) mod status;
 
 use std::{
@@ -33,12 +33,12 @@ use crate::{
     report::{PodIdentity, Subject},
     serve::{PodRecord, Published},
 };
-use applied::AppliedPolicies;
+use applied_policies::AppliedPolicies;
 use egress_common::ids::PodId;
 use egress_policy::Mode;
 use problems::Problems;
 
-/// Tells others, and remembers what it has told them.
+/// Publishes the results of reconciles, and remembers what it published last.
 pub(in crate::control) struct Publisher {
     /// The node's name.
     node: String,
@@ -48,12 +48,12 @@ pub(in crate::control) struct Publisher {
     /// The problems of the last reconcile, so that each is logged once.
     problems: Problems,
     applied: AppliedPolicies,
-    /// Where Events go, and how following the cluster goes; none without a cluster.
+    /// Where Events go, and the state of the watches; none without a cluster.
     cluster: Option<ClusterSide>,
 }
 
 impl Publisher {
-    /// `left` is what an earlier agent left in the kernel, by the pods' ids.
+    /// `left` are the pods that an earlier agent left in the kernel, by their ids.
     pub(in crate::control) fn new(
         node: &str,
         published: Arc<Published>,
@@ -121,7 +121,7 @@ impl Publisher {
             .and(outcome.problems.clone())
     }
 
-    /// Tells everybody what is enforced and what is wrong.
+    /// Publishes what is enforced and what is wrong.
     pub(in crate::control) fn publish(
         &mut self,
         observed: &Observed<'_>,
@@ -145,7 +145,7 @@ impl Publisher {
         self.published.publish(node, left);
     }
 
-    /// A reconcile has taken so long.
+    /// Records how long a reconcile took.
     pub(in crate::control) fn reconciled(&self, took: Duration) {
         self.published.reconciled(took);
     }

@@ -1,10 +1,10 @@
-//! What is wrong now, and telling people of what has changed since the last reconcile.
+//! The current problems, and logging how they changed since the last reconcile.
 
 use std::{collections::BTreeMap, fmt};
 
 use crate::report::Subject;
 
-/// What a problem is about.
+/// The subject of a problem.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(in crate::control) enum About {
     /// A pod, or an interface in quarantine.
@@ -40,12 +40,12 @@ impl fmt::Display for About {
 pub(in crate::control) struct Problems(BTreeMap<About, String>);
 
 impl Problems {
-    /// Sets what is wrong with something.
+    /// Sets the problem of a subject.
     pub(in crate::control) fn set(&mut self, about: impl Into<About>, what: impl Into<String>) {
         self.0.insert(about.into(), what.into());
     }
 
-    /// Adds to what is wrong with something.
+    /// Adds to the problem of a subject.
     pub(in crate::control) fn add(&mut self, about: impl Into<About>, what: &str) {
         let known = self.0.entry(about.into()).or_default();
         if !known.is_empty() {
@@ -54,28 +54,28 @@ impl Problems {
         known.push_str(what);
     }
 
-    /// These and others.
+    /// These problems and others.
     pub(in crate::control) fn and(mut self, others: Self) -> Self {
         self.0.extend(others.0);
         self
     }
 
-    /// What is wrong with a pod or an interface in quarantine.
+    /// The problem of a pod or an interface in quarantine.
     pub(in crate::control) fn of(&self, subject: &Subject) -> Option<&String> {
         self.about(&About::Subject(subject.clone()))
     }
 
-    /// What is wrong with anything.
+    /// The problem of any subject.
     pub(in crate::control) fn about(&self, about: &About) -> Option<&String> {
         self.0.get(about)
     }
 
-    /// All of them.
+    /// All problems.
     pub(in crate::control) fn iter(&self) -> impl Iterator<Item = (&About, &String)> {
         self.0.iter()
     }
 
-    /// Logs what is new compared with the last reconcile's problems, and what is no longer wrong.
+    /// Logs the problems that are new since the last reconcile, and those that are gone.
     pub(in crate::control) fn log_changes(&self, before: &Self) {
         for (about, what) in &self.0 {
             if before.0.get(about) != Some(what) {

@@ -1,4 +1,4 @@
-//! What `status`, `explain` and the metrics answer with.
+//! The status snapshot, from which `status`, `explain` and the metrics are answered.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -23,7 +23,7 @@ use egress_policy::Mode;
 const CONFIGURED: &str = "configuration (dns.resolvers)";
 const INHERITED: &str = "an earlier agent, until the API server has named all resolvers";
 
-/// Starts answering questions about the agent.
+/// Starts answering requests about the agent.
 ///
 /// # Errors
 ///
@@ -52,7 +52,7 @@ pub(in crate::control) fn serve(
 }
 
 impl Publisher {
-    /// The node as it is now.
+    /// The node's current state.
     pub(super) fn node(
         &self,
         observed: &Observed<'_>,
@@ -136,7 +136,7 @@ impl Publisher {
             uid: pod.uid.clone(),
             mode: match &compiled {
                 Some(compiled) => compiled.mode,
-                // What its namespace, or a policy object, demands is not known yet.
+                // The mode that its namespace, or a policy object, demands is not known yet.
                 None if !pod.is_known() => Mode::Enforce,
                 None => Mode::Off,
             },

@@ -25,7 +25,7 @@ use super::{
     Options,
     apply::{Applier, Parts},
     dns_settings,
-    inherited::Inherited,
+    inherited_ranges::Inherited,
     observe::{Observer, arrivals::Arrivals},
     publish::{Publisher, events, status},
     reconcile::Reconciler,
@@ -56,7 +56,7 @@ pub(super) struct Agent {
     pub(super) serving: Serving,
     /// The lock on the pins.
     pub(super) only: Lock,
-    /// Prints what the programs trace, for as long as it is held.
+    /// Prints the programs' trace output, for as long as it is held.
     _trace: Option<TraceLog>,
 }
 
@@ -90,17 +90,17 @@ impl Signals {
     }
 
     /// Waits for any of them.
-    pub(super) async fn next(&mut self) -> Told {
+    pub(super) async fn next(&mut self) -> SignalRequest {
         tokio::select! {
-            _ = self.terminate.recv() => Told::Stop,
-            _ = self.interrupt.recv() => Told::Stop,
-            _ = self.hangup.recv() => Told::Reload,
+            _ = self.terminate.recv() => SignalRequest::Stop,
+            _ = self.interrupt.recv() => SignalRequest::Stop,
+            _ = self.hangup.recv() => SignalRequest::Reload,
         }
     }
 }
 
-/// What a signal tells the agent.
-pub(super) enum Told {
+/// What a signal asks the agent to do.
+pub(super) enum SignalRequest {
     /// To stop.
     Stop,
     /// To read its configuration again.
@@ -114,7 +114,7 @@ pub(super) struct Snapshots {
 }
 
 impl Snapshots {
-    /// What is to be reconciled with now.
+    /// The snapshot to reconcile with now.
     pub(super) fn current(&mut self) -> Arc<Snapshot> {
         let snapshot = self.source.borrow_and_update().clone();
         match &mut self.saved {
@@ -123,7 +123,7 @@ impl Snapshots {
         }
     }
 
-    /// Saves the Services of which policies say something.
+    /// Saves the Services that policies name.
     pub(super) fn note_services(&mut self, in_force: Services) {
         if let Some(saved) = &mut self.saved {
             saved.note_services(in_force);
@@ -144,7 +144,7 @@ impl Snapshots {
 ///
 /// # Errors
 ///
-/// Names what is missing.
+/// When something is missing; the error names it.
 pub(super) fn check(options: &Options) -> Result<()> {
     preflight::check_privileges(&options.source)?;
     preflight::raise_file_limit();
@@ -168,7 +168,7 @@ pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Op
         return Ok(None);
     };
     datapath.start_stamp_check()?;
-    // After the agent's own changes: they are no reason to look at everything.
+    // Opened after the agent's own changes, so that these do not start a reconcile.
     let ruleset = RulesetEvents::open(STAMP_TABLE);
     let trace = options
         .datapath_log
@@ -268,7 +268,7 @@ fn take_over_interfaces(datapath: &mut Datapath, left: &BTreeMap<PodId, Adoptabl
         let taken = if left.any(|&(known, _)| known == ifindex) {
             datapath.attach(ifindex)
         } else {
-            // The earlier agent was killed before it enforced a pod there, or after it stopped to.
+            // The earlier agent was killed before it enforced a pod there, or after it stopped enforcing it.
             datapath.detach(ifindex)
         };
         if let Err(error) = taken {

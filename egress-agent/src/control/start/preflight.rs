@@ -13,7 +13,7 @@ const SYS_PTRACE: u32 = 19;
 const SYS_ADMIN: u32 = 21;
 const BPF: u32 = 39;
 
-/// Checks that the process may do what the agent does with pods from this source.
+/// Checks that the process has the privileges that the agent needs for pods from this source.
 ///
 /// # Errors
 ///
@@ -37,8 +37,8 @@ pub(in crate::control) fn check_privileges(source: &SourceOptions) -> Result<()>
 /// changes.
 const FILES_PER_POD: u64 = 8;
 
-/// Raises the limit of open files to what the most pods need, or to the hard limit. Many systems start with 1,024 and
-/// allow far more.
+/// Raises the limit of open files to what the maximum number of pods needs, or to the hard limit. Many systems start
+/// with 1,024 and allow far more.
 pub(in crate::control) fn raise_file_limit() {
     const WANTED: u64 = INTERFACES as u64 * FILES_PER_POD;
     let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, most)| {

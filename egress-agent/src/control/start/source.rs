@@ -1,4 +1,4 @@
-//! Where this agent's pods come from.
+//! The source of this agent's pods.
 
 use std::{
     collections::BTreeMap,
@@ -34,19 +34,19 @@ pub(in crate::control) enum Source {
     Cluster(cluster::Options),
 }
 
-/// What control has of a cluster besides its snapshots.
+/// What control needs of a cluster besides its snapshots.
 #[derive(Clone)]
 pub(in crate::control) struct ClusterSide {
-    /// Where people are told of a pod, besides the log.
+    /// Where Events about pods go.
     pub(in crate::control) events: EventSink,
     /// Where the node's report goes.
     pub(in crate::control) reports: ReportSink,
-    /// How following it goes.
+    /// The state of the watches.
     pub(in crate::control) health: Arc<Health>,
 }
 
 impl ClusterSide {
-    /// How following it goes, for those who ask.
+    /// The state of the watches, for `status` and the metrics.
     pub(in crate::control) fn state(&self) -> ClusterState {
         let watches = cluster::Watched::ALL.into_iter().map(|watched| WatchState {
             of: watched.name(),
@@ -72,11 +72,11 @@ pub(in crate::control) enum Watched {
 }
 
 impl Source {
-    /// Checks that the source can be one.
+    /// Checks that the source can be used.
     ///
     /// # Errors
     ///
-    /// When it cannot be read, or the configuration lacks what it needs.
+    /// When it cannot be read, or the configuration lacks a setting that it needs.
     pub(in crate::control) fn check(
         options: &SourceOptions,
         config: &Config,
@@ -102,11 +102,11 @@ impl Source {
         }
     }
 
-    /// Begins to watch.
+    /// Starts the watch.
     ///
     /// # Errors
     ///
-    /// When that cannot be begun; what cannot be read later is in the snapshots.
+    /// When it cannot start. The snapshots report what cannot be read later.
     pub(in crate::control) async fn watch(
         self,
     ) -> Result<(watch::Receiver<Arc<Snapshot>>, Watched)> {
@@ -155,7 +155,7 @@ impl Watched {
         }
     }
 
-    /// The ways to the cluster that this source is, if it is one.
+    /// The cluster's handles, if the source is one.
     pub(in crate::control) fn cluster(&self) -> Option<ClusterSide> {
         match self {
             Self::Directory(_) => None,
@@ -167,7 +167,7 @@ impl Watched {
         }
     }
 
-    /// Ends the watching. If nothing is to be enforced any more, the cluster is told.
+    /// Ends the watch. If nothing is to stay enforced, the cluster is told.
     pub(in crate::control) async fn close(self, keeps_enforcing: bool) {
         match self {
             Self::Directory(thread) => thread.close(),

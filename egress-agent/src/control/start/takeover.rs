@@ -1,4 +1,4 @@
-//! Standing by while another agent runs, until it ends.
+//! Standing by while another agent runs, and taking over when it ends.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,11 +15,11 @@ use crate::{
     serve::stand_by,
 };
 
-/// How often an agent that stands by looks whether the other one has ended.
+/// How often an agent that stands by checks whether the other one has ended.
 const TAKE_OVER_EVERY: Duration = Duration::from_millis(10);
 
-/// The kernel side, and the lock on its pins: this agent is the only one. Waits for that if it is to take over
-/// from another one; `None` when it is told to stop before.
+/// Opens the datapath and locks its pins, so that this agent is the only one. If it is to take over from another
+/// agent, it waits for that; `None` when it is told to stop first.
 ///
 /// # Errors
 ///

@@ -12,7 +12,7 @@ use crate::{
     serve::Published,
 };
 
-/// What the thread needs that reads denials.
+/// The parts that the denial reader's thread needs.
 pub(super) struct DenialThread {
     pub(super) ring: DenialRing,
     pub(super) counters: CounterMap,
@@ -24,7 +24,7 @@ pub(super) struct DenialThread {
 /// The threads that run beside the loop of reconciles.
 pub(in crate::control) struct Threads {
     gate: JoinHandle<Vec<OpenQuestion>>,
-    /// The reader of denials, before it has been started.
+    /// The parts of the denial reader, before it has been started.
     unread: Option<DenialThread>,
     denials: Option<DenialReader>,
     reporter: ReporterThread,
@@ -44,7 +44,7 @@ impl Threads {
         }
     }
 
-    /// Starts the reader of denials. Returns whether it did not run before.
+    /// Starts the denial reader. Returns whether it was not running yet.
     ///
     /// # Errors
     ///
@@ -77,8 +77,7 @@ impl Threads {
             .then_some("the denial reader's thread has ended")
     }
 
-    /// Waits for the threads, of which the gate's has been told to end. Returns the questions that pods have open at
-    /// the gate.
+    /// Waits for the threads; the gate's has been told to end. Returns the queries that pods have open at the gate.
     ///
     /// # Errors
     ///

@@ -1,7 +1,7 @@
 //! Files in `stateDir` that one agent writes for the next one.
 //!
-//! They are written whole or not at all, and only root reads them. The kernel's state ends with a reboot, and what
-//! these files say with it, so nothing is flushed to the disk.
+//! They are written whole or not at all, and only root can read them. A reboot ends the kernel's state, and what
+//! these files say about it, so nothing is flushed to the disk.
 
 use std::{
     fs::{self, DirBuilder, OpenOptions},
@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde::{Serialize, de::DeserializeOwned};
 
-/// Most bytes that are read. What is known of the pods of a full node takes about one MiB.
+/// Most bytes that are read. The saved state of a full node's pods takes about one MiB.
 const READ: u64 = 64 << 20;
 
 /// The file's content, or `None` without a file.
@@ -32,7 +32,7 @@ pub(in crate::control) fn read<T: DeserializeOwned>(path: &Path) -> Result<Optio
     };
     serde_json::from_slice(&text)
         .map(Some)
-        .with_context(|| format!("{} is not what an agent has written", path.display()))
+        .with_context(|| format!("{} was not written by an agent", path.display()))
 }
 
 /// Writes the file, and its directory if that is missing.

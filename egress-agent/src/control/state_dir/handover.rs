@@ -1,5 +1,5 @@
 //! The queries that pods have open when an agent ends, in a file for the next agent. Their responses are on the way,
-//! and a response to no open query is not delivered.
+//! and the gate does not deliver a response to no open query.
 
 use std::path::PathBuf;
 

@@ -1,5 +1,5 @@
-//! The policy objects of pods, as `cluster.json` has them: each object once, however many pods it selects, and of the sets
-//! those that entries use.
+//! The policy objects of pods, as `cluster.json` stores them: each object once, however many pods it selects, and
+//! only the sets that entries use.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -63,7 +63,7 @@ impl SavedObjects {
     /// The objects of the pod with this index, or `None` if the file contradicts itself.
     pub(super) fn of_pod(&self, index: usize) -> Option<Objects> {
         let nothing = Selected::default();
-        // An agent that knew no objects wrote none.
+        // An agent that knew no objects saved none.
         let selected = self.selected.get(index).unwrap_or(&nothing);
         Some(Objects {
             namespace: pick(&self.namespace, &selected.namespace)?,

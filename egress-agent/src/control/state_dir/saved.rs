@@ -4,9 +4,10 @@
 //! while the API server does not answer reads them here, so that pods that an earlier agent left enforced
 //! resolve names at once. Pods that are not enforced in the kernel are not taken from the file.
 //!
-//! The file may be older than what is in force: writing and removing it may have failed, or an agent with another
-//! `stateDir` ran meanwhile. So only what the kernel agrees with is taken from it. A pod's policy in the kernel has
-//! the digest of the annotations and objects that it was compiled from, and the map `ranges` has the cluster's addresses.
+//! The file may be older than what is in force: writing or removing it may have failed, or an agent with another
+//! `stateDir` may have run meanwhile. So only what the kernel confirms is taken from it. A pod's policy in the kernel
+//! has the digest of the annotations and objects that it was compiled from, and the map `ranges` has the cluster's
+//! addresses.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -51,15 +52,15 @@ struct Document<P> {
     /// The node's name.
     node: String,
     pods: P,
-    /// The policy objects of the pods. An agent that does not know this field believes no pod that has objects,
-    /// because the digest in the kernel covers them.
+    /// The policy objects of the pods. An agent that does not know this field trusts no pod that has objects, because
+    /// the digest in the kernel covers them.
     #[serde(default)]
     objects: SavedObjects,
     /// The kinds of policy objects that were listed. Earlier agents did not write it.
     #[serde(default)]
     kinds: Option<BTreeSet<PolicyKind>>,
     facts: SourcedFacts,
-    /// The Services of which a pod's policy says something. Earlier agents did not write them.
+    /// The Services that pods' policies name. Earlier agents did not write them.
     #[serde(default)]
     services: SavedServices,
 }
@@ -104,7 +105,7 @@ pub(in crate::control) struct Saved {
     pods: Option<Vec<Pod>>,
     /// Those of the file's facts that the source may still name.
     facts: SourcedFacts,
-    /// The Services of which policies say something; until the source knows pods, the file's.
+    /// The Services that policies name; until the source knows pods, the file's.
     services: Arc<Services>,
     /// The file's objects of kinds that the source may still list.
     withheld: Withheld,
@@ -180,7 +181,7 @@ impl Saved {
         })
     }
 
-    /// Takes note of the Services of which policies say something. They are saved with the next snapshot.
+    /// Records the Services that policies name. They are saved with the next snapshot.
     pub(in crate::control) fn note_services(&mut self, in_force: Services) {
         if self.pods.is_none() && *self.services != in_force {
             self.services = Arc::new(in_force);
@@ -253,7 +254,7 @@ impl Saved {
     }
 }
 
-/// The objects for pods of which nothing is known. The file does not say which objects are about every pod.
+/// The objects for pods that are not in the file. The file does not say which objects select every pod.
 fn of_unknown(pods: &[Pod]) -> Objects {
     let policies = pods.iter().flat_map(|pod| &pod.objects.tiers);
     let tiers: BTreeMap<_, _> = policies.map(|policy| (&policy.name, policy)).collect();

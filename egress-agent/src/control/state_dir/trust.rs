@@ -1,8 +1,8 @@
 //! `existingConnections: trust`: once on each node, an agent keeps the connections that pods have opened before they
 //! were enforced.
 //!
-//! A file on the node says that it was used. It is made before anything is trusted, so that no second
-//! start, after a crash or a reboot, trusts what pods have opened since.
+//! A file on the node records that it was used. It is written before anything is trusted, so that no second start,
+//! after a crash or a reboot, trusts what pods have opened since.
 
 use std::{
     fmt,
@@ -34,7 +34,7 @@ const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 pub(in crate::control) enum Trust {
     /// The operator wants this instead.
     Unwanted(&'static str),
-    /// An agent of this node has used it; the text is what it noted.
+    /// An agent of this node has used it; the text is its note.
     Used(String),
     /// The note could not be made; the text says why.
     Unnoted(String),
@@ -43,7 +43,7 @@ pub(in crate::control) enum Trust {
 }
 
 impl Trust {
-    /// Finds out whether this agent may trust, and notes on the node that it does.
+    /// Decides whether this agent may trust them, and notes on the node that it does.
     pub(in crate::control) fn claim(config: &Config) -> Self {
         match config.existing_connections {
             ExistingConnections::Judge => return Self::Unwanted("judge"),
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_given_once_on_a_node() {
+    fn trust_is_given_once_on_a_node() {
         // Cargo runs tests in the directory of their package, which is on a disk.
         let package = std::env::current_dir().expect("a current directory");
         let directory = tempfile::tempdir_in(package).expect("a directory");
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn a_note_that_would_not_survive_a_reboot_is_none() {
+    fn no_trust_is_given_where_the_note_would_not_survive_a_reboot() {
         let trust = Trust::claim(&config(Path::new("/dev/shm/egress-agent-test")));
         let _ = fs::remove_dir("/dev/shm/egress-agent-test");
         assert!(
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_note_that_cannot_be_written_is_none() {
+    fn no_trust_is_given_where_the_note_cannot_be_written() {
         let trust = Trust::claim(&config(Path::new("/proc/egress-agent")));
         assert!(
             matches!(&trust, Trust::Unnoted(why) if why.contains("stateDir")),

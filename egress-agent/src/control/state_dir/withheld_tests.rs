@@ -83,7 +83,7 @@ fn snapshot(pod: &Pod, unlisted: &[PolicyKind]) -> Arc<Snapshot> {
     Arc::new(snapshot)
 }
 
-/// What becomes of the pod.
+/// The pod after the snapshot was completed.
 fn completed(withheld: &mut Withheld, pod: &Pod, unlisted: &[PolicyKind]) -> Pod {
     let snapshot = withheld.complete(snapshot(pod, unlisted));
     snapshot.pods[&pod.key()].clone()

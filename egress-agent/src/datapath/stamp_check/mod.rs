@@ -170,7 +170,7 @@ impl StampCheck {
     }
 
     /// Lets frames without a stamp from an interface pass.
-    fn release(&mut self, ifindex: IfIndex) -> Result<()> {
+    fn exempt(&mut self, ifindex: IfIndex) -> Result<()> {
         let Some(what) = self.wanted.remove(&ifindex) else {
             return Ok(());
         };
@@ -351,9 +351,9 @@ impl Datapath {
     }
 
     /// Lets frames without a stamp from this interface pass. Call this before detaching `from_pod` from it.
-    pub(super) fn release_stamps(&mut self, ifindex: IfIndex) -> Result<()> {
+    pub(super) fn exempt_from_stamps(&mut self, ifindex: IfIndex) -> Result<()> {
         match &mut self.stamp_check {
-            Some(check) => check.release(ifindex),
+            Some(check) => check.exempt(ifindex),
             None => Ok(()),
         }
     }

@@ -20,9 +20,9 @@
 //! twice, and no second datagram with the same identification within a minute.
 
 mod datagram;
-#[cfg(any(test, fuzzing))]
-pub(super) mod made;
 mod piece;
+#[cfg(any(test, fuzzing))]
+pub(super) mod simulation;
 
 use egress_common::{address::Address, packet::Packet};
 use lru::LruCache;

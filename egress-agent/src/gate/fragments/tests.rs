@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use egress_common::ids::IfIndex;
 
 use super::{
-    made::{Part, Scene, reassemble},
+    simulation::{Part, Scene, reassemble},
     *,
 };
 

@@ -75,7 +75,7 @@ struct Queued<T> {
 #[derive(Debug, Default)]
 pub(super) struct Lost {
     pub(super) frames: u64,
-    /// The error of the last one; `None` when its interface was detached.
+    /// The error of the last one; `None` when the interface no longer belonged to the pod.
     pub(super) error: Option<io::Error>,
 }
 
@@ -258,7 +258,7 @@ impl<T> Lanes<T> {
     }
 
     /// Drops and counts the frames of an interface that no longer belongs to the pod.
-    pub(super) fn detach(&mut self, pod: PodId, ifindex: IfIndex) {
+    pub(super) fn drop_frames_of(&mut self, pod: PodId, ifindex: IfIndex) {
         let Some(lane) = self.pods.get_mut(&pod) else {
             return;
         };
@@ -281,7 +281,7 @@ impl<T> Lanes<T> {
         }
     }
 
-    /// Removes the lane of a pod that is gone. Its interfaces are detached.
+    /// Removes the lane of a pod that is gone. Its interfaces are no longer assigned to it.
     pub(super) fn forget(&mut self, pod: PodId) {
         match self.pods.get_mut(&pod) {
             Some(lane) if lane.is_served => lane.is_gone = true,

@@ -106,7 +106,7 @@ fn a_lane_is_bounded_and_counts_what_it_drops() {
         }
         assert_eq!(lanes.take_lost(ONE)[&VETH].frames, 3);
         assert!(lanes.take_lost(ONE).is_empty());
-        lanes.detach(ONE, VETH);
+        lanes.drop_frames_of(ONE, VETH);
         assert_eq!(lanes.take_lost(ONE)[&VETH].frames, most as u64);
         assert_eq!(lanes.budget.common(), 0);
         assert!(matches!(lanes.next(0), Next::Wait(None)));
@@ -117,7 +117,7 @@ fn a_lane_is_bounded_and_counts_what_it_drops() {
 fn the_lane_of_a_removed_pod_closes_after_the_frame_in_progress() {
     let (mut lanes, now_ns) = slow(&[ONE, TWO], 1);
     let job = next(&mut lanes, now_ns);
-    lanes.detach(job.pod, job.ifindex);
+    lanes.drop_frames_of(job.pod, job.ifindex);
     lanes.forget(job.pod);
     let error = io::Error::from(io::ErrorKind::NotFound);
     lanes.end(&job, SECOND_NS, Some(error), now_ns);

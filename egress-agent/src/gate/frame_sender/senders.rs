@@ -103,10 +103,10 @@ impl Senders {
         self.shared.wake.notify_one();
     }
 
-    /// See [`Lanes::detach`]. Returns the lost frames.
-    pub(super) fn detach(&self, pod: PodId, ifindex: IfIndex) -> HashMap<IfIndex, Lost> {
+    /// See [`Lanes::drop_frames_of`]. Returns the lost frames.
+    pub(super) fn drop_frames_of(&self, pod: PodId, ifindex: IfIndex) -> HashMap<IfIndex, Lost> {
         let mut state = self.shared.lock();
-        state.lanes.detach(pod, ifindex);
+        state.lanes.drop_frames_of(pod, ifindex);
         state.lanes.take_lost(pod)
     }
 

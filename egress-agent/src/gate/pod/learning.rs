@@ -1,8 +1,8 @@
-//! The pod's part in learning by the programs: which names are decided, and what the programs have learned.
+//! The pod's part in learning by the programs: the decided names, and the addresses that the programs have learned.
 //!
 //! Before the agent changes anything that the programs rely on (the version of the policy, the maps of decisions and of
-//! learned addresses), it stops them on the pod's interfaces ([`Pod::stop_learning`]) and reads all notes. A program that
-//! is still running finds the interface's entry changed and leaves its message to the agent (`is_current` in
+//! learned addresses), it stops them on the pod's interfaces ([`Pod::stop_learning`]) and reads all notes. A program
+//! that is still running finds the interface's entry changed and leaves its message to the agent (`is_current` in
 //! `egress-ebpf/src/message.rs`). So no address is delivered that the agent does not know.
 
 use std::{
@@ -105,14 +105,14 @@ impl Enforcement {
         Some((question, query.time_ns))
     }
 
-    /// When an address expires that the programs have learned, and the [`id_of`] the name by which.
+    /// When an address expires that the programs have learned, and the [`id_of`] the name by which they learned it.
     pub(in super::super) fn learned_until(&mut self, address: Address) -> Option<(u64, u64)> {
         let entry = self.allow.learning()?.learned(address).ok()??;
         Some((entry.expires_ns, entry.id))
     }
 }
 
-/// By which a name is found again in what the programs have learned.
+/// The id that stands for a name in the entries that the programs have learned.
 pub(in super::super) fn id_of(name: &Name) -> u64 {
     let mut hasher = DefaultHasher::new();
     name.hash(&mut hasher);
@@ -158,8 +158,8 @@ impl Pod {
         self.enforcement.write_interfaces(interfaces, frame_sender)
     }
 
-    /// Tells the programs that the pod may query a name, and what its addresses get. Returns whether they did not know it
-    /// before: a query that they have held although they know its name is one for the agent.
+    /// Tells the programs that the pod may query a name, and what its addresses get. Returns whether they did not know
+    /// it before: a query that they have held although they know its name is one for the agent.
     pub(super) fn decide_name(&mut self, name: &Name, shared: &Shared) -> bool {
         if !self.enforcement.learns() {
             return false;
@@ -214,9 +214,10 @@ impl Pod {
         })
     }
 
-    /// Learns what the programs have learned.
+    /// Adds to the table an address that the programs have learned.
     pub(in super::super) fn note_learned(&mut self, note: &LearnedNote, context: &DecisionContext) {
-        // A program has found the entry of its interface changed after it wrote this, and left the response to the agent.
+        // A program has found the entry of its interface changed after it wrote this, and left the response to the
+        // agent.
         if self.is_changing() {
             return;
         }
@@ -254,7 +255,7 @@ impl Pod {
         }
     }
 
-    /// Extends the lifetimes of addresses to what the programs have learned.
+    /// Extends the lifetimes of addresses to those that the programs have learned.
     pub(super) fn refresh_learned(&mut self) {
         let Some(learning) = self.enforcement.allow.learning() else {
             return;
@@ -268,12 +269,12 @@ impl Pod {
         }
     }
 
-    /// Whether the programs were stopped from learning for something that did not come about.
+    /// Whether the programs were stopped from learning for a change that then did not happen.
     pub(in super::super) fn has_stopped_learning(&self) -> bool {
         !self.is_changing() && !self.enforcement.learns() && self.enforcement.can_learn()
     }
 
-    /// Whether it is time to remove what the programs no longer need; see [`Self::clean_learned`].
+    /// Whether it is time to remove entries that the programs no longer need; see [`Self::clean_learned`].
     pub(in super::super) fn needs_cleaning(&self, now_ns: u64) -> bool {
         !self.is_changing()
             && self.enforcement.learns()
@@ -281,7 +282,7 @@ impl Pod {
                 || now_ns.saturating_sub(self.cleaned_ns) > RESPONSE_TIMEOUT_NS)
     }
 
-    /// Removes expired addresses, unanswered queries, and, if there was no room for another one, all decisions. The
+    /// Removes expired addresses and unanswered queries, and all decisions if there was no room for another one. The
     /// programs have been stopped from learning.
     ///
     /// # Errors

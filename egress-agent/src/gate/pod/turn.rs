@@ -20,7 +20,7 @@ impl Pod {
         interfaces: &mut InterfaceMap,
         frame_sender: &mut FrameSender,
     ) -> anyhow::Result<()> {
-        self.break_change_off();
+        self.cancel_change();
         self.enforcement.entry = judged.in_entry(self.enforcement.entry);
         self.enforcement.start_learning();
         self.enforcement.write_interfaces(interfaces, frame_sender)
@@ -76,8 +76,8 @@ impl Pod {
         has_work && !self.is_changing()
     }
 
-    /// Decides the oldest message of the backlog, and repeats the bytes of one connection with a resolver; forgets a part
-    /// of what an earlier version of the policy had. Returns whether nothing is left to do.
+    /// Decides the oldest message of the backlog, and repeats the bytes of one connection with a resolver; forgets a
+    /// part of what an earlier version of the policy had. Returns whether nothing is left to do.
     pub(in super::super) fn take_turn(
         &mut self,
         interfaces: &InterfaceMap,

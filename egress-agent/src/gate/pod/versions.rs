@@ -89,10 +89,10 @@ impl Pod {
             .forget_names_not_in_table(&kept, &mut self.enforcement);
     }
 
-    /// Begins to move the pod to a new version of its policy. [`Self::change_further`] goes on until `done` has the
+    /// Begins to move the pod to a new version of its policy. [`Self::continue_change`] goes on until `done` has the
     /// result. The pod's messages wait meanwhile.
     pub(in super::super) fn change(&mut self, next: Enforcement, done: Done) {
-        self.break_change_off();
+        self.cancel_change();
         self.refresh_learned();
         let before = &self.enforcement;
         let alike = next.compiled.record.names_alike(&before.compiled.record);
@@ -119,24 +119,25 @@ impl Pod {
         self.change.is_some()
     }
 
-    /// Breaks off a change that is under way: the pod is moved, released or removed, and stays under its earlier version
-    /// until then.
-    pub(in super::super) fn break_change_off(&mut self) {
+    /// Cancels a change that is under way, because the pod is moved, released or removed. Until then the pod stays
+    /// under its earlier version.
+    pub(in super::super) fn cancel_change(&mut self) {
         if let Some(change) = self.change.take() {
             self.replaced
                 .extend(change.carry.map(CarryOver::into_table));
-            let _ = change
-                .done
-                .send(Err(anyhow!("something else was done with the pod")));
+            let _ = change.done.send(Err(anyhow!(
+                "the change was cancelled by a later command for the pod"
+            )));
         }
     }
 
-    /// Whether something is left of versions before.
+    /// Whether tables of earlier versions are left.
     pub(super) fn has_replaced(&self) -> bool {
         !self.replaced.is_empty()
     }
 
-    /// Forgets a part of what versions before had and the present one does not have. Returns whether there was anything.
+    /// Forgets a part of the entries that earlier versions had and the present one does not have. Returns whether
+    /// there were any.
     pub(in super::super) fn forget_replaced(&mut self) -> bool {
         let Some(replaced) = self.replaced.last_mut() else {
             return false;
@@ -147,8 +148,9 @@ impl Pod {
         true
     }
 
-    /// Carries a part of the learned addresses over to the new version. When all are, the pod is under that version.
-    pub(in super::super) fn change_further(
+    /// Carries a part of the learned addresses over to the new version. When all have been carried over, puts the pod
+    /// under that version.
+    pub(in super::super) fn continue_change(
         &mut self,
         interfaces: &mut InterfaceMap,
         shared: &mut Shared,
@@ -163,7 +165,7 @@ impl Pod {
         let carried = change.carry.as_mut().map_or(Ok(true), |carry| {
             let (rules, now_ns) = (Arc::clone(&change.next.compiled), boottime_ns());
             let before = &mut self.learned;
-            carry.go_on(before, &rules.names, &mut change.next, now_ns, PART)
+            carry.carry_part(before, &rules.names, &mut change.next, now_ns, PART)
         });
         let result = match carried {
             Ok(false) => {
@@ -183,8 +185,8 @@ impl Pod {
         let _ = change.done.send(result);
     }
 
-    /// Puts the pod under a version whose allow map has all of its addresses. `carried` has its table, if it is not that
-    /// of the version before.
+    /// Puts the pod under a version whose allow map has all of its addresses. `carried` has its table, if it is not
+    /// that of the version before.
     ///
     /// # Errors
     ///
@@ -216,7 +218,7 @@ impl Pod {
         }
         for ifindex in &self.enforcement.interfaces {
             if !next.interfaces.contains(ifindex) {
-                shared.frame_sender.detach(*ifindex, next.entry.pod());
+                shared.frame_sender.unassign(*ifindex, next.entry.pod());
                 interfaces.remove(*ifindex, next.entry.pod())?;
             }
         }
@@ -258,8 +260,8 @@ impl Pod {
     }
 }
 
-/// Removes the kept names of some addresses of an earlier version that the present table does not have, and forgets these
-/// addresses. Returns whether none is left.
+/// Removes the kept names of some addresses of an earlier version that the present table does not have, and forgets
+/// these addresses. Returns whether none is left.
 fn forget_part(replaced: &mut Table, learned: &mut Table, names: &mut Enforcement) -> bool {
     let mut done = 0;
     while done < PART {

@@ -74,7 +74,7 @@ impl Notes {
         if let Some(times) = self.failures.due(now_ns) {
             tracing::error!(
                 times,
-                "cannot show the programs that the agent runs: DNS of pods goes on as without it"
+                "cannot show the programs that the agent runs: they treat DNS as if no agent ran"
             );
         }
     }
@@ -93,7 +93,7 @@ impl Runner {
         {
             tracing::error!(%error, "the programs keep outdated decisions about names");
         }
-        // Until then, pods are missing of which an earlier agent's programs have left notes.
+        // Until then, pods may be missing for which an earlier agent's programs have left notes.
         if self.reading_since_ns.is_none() {
             return;
         }
@@ -108,7 +108,7 @@ impl Runner {
         }
     }
 
-    /// Stops the programs from learning for a pod, and learns what they have learned.
+    /// Stops the programs from learning for a pod, and adds the addresses that they have learned to the table.
     ///
     /// # Errors
     ///
@@ -122,7 +122,7 @@ impl Runner {
         Ok(())
     }
 
-    /// Removes what the programs no longer need, for the pods whose time it is.
+    /// Removes entries that the programs no longer need, for the pods that are due.
     pub(in super::super) fn clean_learned(&mut self, now_ns: u64) {
         let due: Vec<PodId> = self
             .pods
@@ -132,7 +132,7 @@ impl Runner {
             .collect();
         for id in due {
             if let Err(error) = self.clean(id, now_ns) {
-                tracing::error!(pod = %id, %error, "cannot clean what the programs have learned");
+                tracing::error!(pod = %id, %error, "cannot remove expired addresses that the programs have learned");
             }
         }
         for pod in self

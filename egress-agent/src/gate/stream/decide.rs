@@ -45,7 +45,7 @@ pub(super) enum Next {
     Forget,
 }
 
-/// What a connection needs at a tick.
+/// The task of a connection at a tick.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Timer {
     Nothing,

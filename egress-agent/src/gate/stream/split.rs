@@ -190,7 +190,7 @@ impl Split {
         self.to_pod.is_due(now_ns) || self.to_resolver.is_due(now_ns)
     }
 
-    /// Repeats what is not acknowledged in time.
+    /// Repeats bytes that are not acknowledged in time.
     pub(super) fn repeat<D: Decide, O: Out>(
         &mut self,
         flow: &mut Flow,
@@ -357,7 +357,7 @@ impl Split {
         }
     }
 
-    /// Sends to one end what its window allows; returns whether anything was sent.
+    /// Sends to one end as much as its window allows; returns whether anything was sent.
     fn pump<D, O: Out>(&mut self, flow: &Flow, to: To, step: &mut Step<'_, D, O>) -> bool {
         let size = flow.own_size();
         let own = self.own(flow, to);

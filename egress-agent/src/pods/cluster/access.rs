@@ -36,7 +36,7 @@ pub const ACCESS: &[Access] = &[
     all("", "namespaces"),
     all("", "nodes"),
     all("networking.k8s.io", "servicecidrs"),
-    // What is behind the addresses of Services.
+    // Services and their endpoints.
     all("", "services"),
     all("discovery.k8s.io", "endpointslices"),
     // Only where the API server has no EndpointSlices of version v1.

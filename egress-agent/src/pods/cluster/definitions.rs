@@ -1,7 +1,7 @@
 //! The definitions of the policy kinds (`CustomResourceDefinition`), of which only the metadata is read.
 //!
-//! They tell at once when a kind begins to be served. And they tell the removal of a kind from the removal of its
-//! objects, which look alike otherwise: the API server first deletes every object, and then the definition.
+//! They show at once when a kind begins to be served. They also distinguish the removal of a kind from the removal of
+//! its objects: in both cases the API server first deletes every object, but only in the first case the definition.
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::{Api, Client, api::ListParams, core::PartialObjectMeta};
@@ -37,7 +37,7 @@ impl Definition {
     }
 }
 
-/// What the tasks that follow kinds learn about definitions.
+/// The signals about definitions to the tasks that follow kinds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Signals {
     /// Changes with every change of a definition.
@@ -48,8 +48,8 @@ pub(super) struct Signals {
     pub(super) is_undefined: [bool; PolicyKind::ALL.len()],
 }
 
-/// Why the server does not have a kind whose definition is there: it does not serve the version that the agent reads, or
-/// not yet. Only then is a whole definition read.
+/// Why the server does not serve a kind although its definition exists: not yet, or not in the version that the agent
+/// reads. Only this reads a whole definition.
 pub(super) async fn why_not_served(client: Client, kind: PolicyKind) -> Failure {
     let api = Api::<CustomResourceDefinition>::all(client);
     let named = ListParams::default().fields(&format!("metadata.name={}", name_of(kind)));

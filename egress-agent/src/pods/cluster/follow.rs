@@ -46,7 +46,7 @@ pub(super) struct Shared {
     pub(super) connection: Arc<Connection>,
     pub(super) health: Arc<Health>,
     pub(super) state: Arc<Mutex<State>>,
-    /// What the definitions of policy kinds say.
+    /// The signals about the definitions of policy kinds.
     pub(super) definitions: watch::Sender<Signals>,
     /// Whether rules need the pods of the cluster.
     pub(super) peers_needed: watch::Sender<bool>,
@@ -69,7 +69,7 @@ impl Shared {
 }
 
 /// One watch: the request, the reduction of each object, and the table for the result.
-pub(super) struct Plan<K, R> {
+pub(super) struct WatchPlan<K, R> {
     pub(super) watched: Watched,
     pub(super) api: Box<dyn Fn(Client) -> Api<K> + Send + Sync>,
     pub(super) selector: watcher::Config,
@@ -87,7 +87,7 @@ enum Until {
 }
 
 /// Follows a plan. A kind that the server does not have is requested again from time to time.
-pub(super) async fn follow<K, R>(shared: Shared, plan: Plan<K, R>)
+pub(super) async fn follow<K, R>(shared: Shared, plan: WatchPlan<K, R>)
 where
     K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
     R: PartialEq,
@@ -103,7 +103,7 @@ where
 }
 
 /// Follows a kind of policy object, whose definition may come and go.
-pub(super) async fn follow_policies<K, R>(shared: Shared, plan: Plan<K, R>, kind: PolicyKind)
+pub(super) async fn follow_policies<K, R>(shared: Shared, plan: WatchPlan<K, R>, kind: PolicyKind)
 where
     K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
     R: PartialEq,
@@ -143,7 +143,7 @@ where
 }
 
 /// Follows the pods of the cluster while rules need them.
-pub(super) async fn follow_peers<K>(shared: Shared, plan: Plan<K, PeerFacts>)
+pub(super) async fn follow_peers<K>(shared: Shared, plan: WatchPlan<K, PeerFacts>)
 where
     K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
 {
@@ -169,8 +169,11 @@ where
 }
 
 /// Follows `plan`, or `older` while the server does not have the kind of the first.
-pub(super) async fn follow_either<K, L, R>(shared: Shared, plan: Plan<K, R>, older: Plan<L, R>)
-where
+pub(super) async fn follow_either<K, L, R>(
+    shared: Shared,
+    plan: WatchPlan<K, R>,
+    older: WatchPlan<L, R>,
+) where
     K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
     L: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
     R: PartialEq,
@@ -184,7 +187,7 @@ where
 
 async fn follow_until<K, R>(
     shared: &Shared,
-    plan: &Plan<K, R>,
+    plan: &WatchPlan<K, R>,
     until: Until,
     backoff: &mut DefaultBackoff,
 ) where

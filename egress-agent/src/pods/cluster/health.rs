@@ -88,7 +88,7 @@ impl Watched {
         )
     }
 
-    /// Whether it is what is behind Services.
+    /// Whether it is about Services.
     fn is_of_services(self) -> bool {
         matches!(self, Self::Services | Self::ServiceEndpoints)
     }

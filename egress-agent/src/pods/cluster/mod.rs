@@ -53,7 +53,7 @@ use connection::{Connection, Timing};
 use definitions::{Definition, Signals};
 use egress_policy::objects::ObjectKind;
 use facts::NodeFacts;
-use follow::{Plan, Shared, follow, follow_either, follow_peers, follow_policies};
+use follow::{Shared, WatchPlan, follow, follow_either, follow_peers, follow_policies};
 use kubelet::Kubelet;
 use namespace::Namespace;
 use peers::{PeerFacts, SlimPod};
@@ -254,7 +254,8 @@ async fn publish(shared: Shared, sender: watch::Sender<Arc<Snapshot>>, reports: 
     }
 }
 
-/// Waits until a pod of the cluster has changed that rules may name, or a Service, and at least [`PEERS_EVERY`] after the last time.
+/// Waits until a pod of the cluster has changed that rules may name, or a Service, and at least [`PEERS_EVERY`] after
+/// the last time.
 async fn changed_peers(shared: &Shared, last: Instant) {
     tokio::time::sleep_until(last + PEERS_EVERY).await;
     shared.health.peers_changed.notified().await;
@@ -271,7 +272,7 @@ fn named(name: &str) -> watcher::Config {
 }
 
 fn follow_all(shared: &Shared, options: &Options, tasks: &mut JoinSet<()>) {
-    let pods = Plan {
+    let pods = WatchPlan {
         watched: Watched::Pods,
         api: Box::new(Api::<v1::Pod>::all),
         selector: cached().fields(&format!("spec.nodeName={}", options.node)),
@@ -279,7 +280,7 @@ fn follow_all(shared: &Shared, options: &Options, tasks: &mut JoinSet<()>) {
         table: |state| &mut state.pods,
     };
     tasks.spawn(follow(shared.clone(), pods));
-    let namespaces = Plan {
+    let namespaces = WatchPlan {
         watched: Watched::Namespaces,
         api: Box::new(Api::<PartialObjectMeta<v1::Namespace>>::all),
         selector: cached(),
@@ -287,7 +288,7 @@ fn follow_all(shared: &Shared, options: &Options, tasks: &mut JoinSet<()>) {
         table: |state| &mut state.namespaces,
     };
     tasks.spawn(follow(shared.clone(), namespaces));
-    let node = Plan {
+    let node = WatchPlan {
         watched: Watched::Node,
         api: Box::new(Api::<v1::Node>::all),
         selector: match options.cluster.nodes {
@@ -298,7 +299,7 @@ fn follow_all(shared: &Shared, options: &Options, tasks: &mut JoinSet<()>) {
         table: |state| &mut state.node,
     };
     tasks.spawn(follow(shared.clone(), node));
-    let ranges = Plan {
+    let ranges = WatchPlan {
         watched: Watched::ServiceRanges,
         api: Box::new(Api::<networking::ServiceCIDR>::all),
         selector: cached(),
@@ -334,7 +335,7 @@ fn follow_all(shared: &Shared, options: &Options, tasks: &mut JoinSet<()>) {
 /// Follows the policy objects, their definitions, and the pods that rules name.
 fn follow_all_policies(shared: &Shared, tasks: &mut JoinSet<()>) {
     let kind = PolicyKind::Policy(ObjectKind::EgressPolicy);
-    let policies = Plan {
+    let policies = WatchPlan {
         watched: Watched::EgressPolicies,
         api: objects(kind),
         selector: cached(),
@@ -343,7 +344,7 @@ fn follow_all_policies(shared: &Shared, tasks: &mut JoinSet<()>) {
     };
     tasks.spawn(follow_policies(shared.clone(), policies, kind));
     let kind = PolicyKind::Policy(ObjectKind::ClusterEgressPolicy);
-    let policies = Plan {
+    let policies = WatchPlan {
         watched: Watched::ClusterEgressPolicies,
         api: objects(kind),
         selector: cached(),
@@ -358,7 +359,7 @@ fn follow_all_policies(shared: &Shared, tasks: &mut JoinSet<()>) {
     };
     tasks.spawn(follow_policies(shared.clone(), policies, kind));
     let kind = PolicyKind::Policy(ObjectKind::ClusterNetworkPolicy);
-    let policies = Plan {
+    let policies = WatchPlan {
         watched: Watched::ClusterNetworkPolicies,
         api: objects(kind),
         selector: cached(),
@@ -372,7 +373,7 @@ fn follow_all_policies(shared: &Shared, tasks: &mut JoinSet<()>) {
         table: |state| &mut state.policies.network,
     };
     tasks.spawn(follow_policies(shared.clone(), policies, kind));
-    let sets = Plan {
+    let sets = WatchPlan {
         watched: Watched::EgressSets,
         api: objects(PolicyKind::Set),
         selector: cached(),
@@ -380,7 +381,7 @@ fn follow_all_policies(shared: &Shared, tasks: &mut JoinSet<()>) {
         table: |state| &mut state.policies.sets,
     };
     tasks.spawn(follow_policies(shared.clone(), sets, PolicyKind::Set));
-    let definitions = Plan {
+    let definitions = WatchPlan {
         watched: Watched::Definitions,
         api: Box::new(Api::<PartialObjectMeta<CustomResourceDefinition>>::all),
         selector: cached(),
@@ -388,7 +389,7 @@ fn follow_all_policies(shared: &Shared, tasks: &mut JoinSet<()>) {
         table: |state| &mut state.policies.definitions,
     };
     tasks.spawn(follow(shared.clone(), definitions));
-    let peers = Plan::<SlimPod, PeerFacts> {
+    let peers = WatchPlan::<SlimPod, PeerFacts> {
         watched: Watched::PeerPods,
         api: Box::new(|client| Api::all_with(client, &ApiResource::erase::<v1::Pod>(&()))),
         selector: cached(),
@@ -400,7 +401,7 @@ fn follow_all_policies(shared: &Shared, tasks: &mut JoinSet<()>) {
 
 /// Follows the Services of the cluster and their endpoints.
 fn follow_all_services(shared: &Shared, tasks: &mut JoinSet<()>) {
-    let services = Plan {
+    let services = WatchPlan {
         watched: Watched::Services,
         api: Box::new(Api::<v1::Service>::all),
         selector: cached(),
@@ -408,14 +409,14 @@ fn follow_all_services(shared: &Shared, tasks: &mut JoinSet<()>) {
         table: |state| &mut state.services.services,
     };
     tasks.spawn(follow(shared.clone(), services));
-    let slices = Plan {
+    let slices = WatchPlan {
         watched: Watched::ServiceEndpoints,
         api: Box::new(Api::<discovery::EndpointSlice>::all),
         selector: cached(),
         reduce: |read, _| EndpointFacts::of_slice(read),
         table: |state| &mut state.services.endpoints,
     };
-    let older = Plan {
+    let older = WatchPlan {
         watched: Watched::ServiceEndpoints,
         api: Box::new(Api::<v1::Endpoints>::all),
         selector: cached(),
@@ -445,7 +446,7 @@ fn follow_service(
     tasks: &mut JoinSet<()>,
 ) {
     let (watched, table) = service;
-    let plan = Plan {
+    let plan = WatchPlan {
         watched,
         api: namespaced::<v1::Service>(namespace),
         selector: named(name),
@@ -454,14 +455,14 @@ fn follow_service(
     };
     tasks.spawn(follow(shared.clone(), plan));
     let (watched, table) = endpoints;
-    let plan = Plan {
+    let plan = WatchPlan {
         watched,
         api: namespaced::<discovery::EndpointSlice>(namespace),
         selector: slices,
         reduce: |read, _| Some(facts::of_slice(read)),
         table,
     };
-    let older = Plan {
+    let older = WatchPlan {
         watched,
         api: namespaced::<v1::Endpoints>(namespace),
         selector: named(name),

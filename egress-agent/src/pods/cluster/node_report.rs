@@ -12,7 +12,7 @@ use super::{
     events::cut,
 };
 
-/// What the API server is told about this node.
+/// The report about this node to the API server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeReport {
     /// The UID of the Node, with which the report goes.

@@ -1,4 +1,4 @@
-//! What the cluster knows about the peers of rules: addresses of nodes and pods.
+//! The peers of rules: addresses of nodes and pods.
 
 use std::{collections::HashMap, net::IpAddr};
 

@@ -1,4 +1,4 @@
-//! Policy objects of the cluster: what the API server sent last, and whom they select.
+//! Policy objects of the cluster, as the API server sent them last, and the pods that they select.
 
 use std::{
     collections::BTreeMap,
@@ -41,7 +41,7 @@ pub(super) struct KeptPolicy {
     policy: Arc<Policy>,
     /// The versions of the present object and of `policy`.
     facts: PolicyFacts,
-    /// What is wrong with the present object. If it cannot be read, `policy` is its last readable form.
+    /// The problem with the present object. If it cannot be read, `policy` is its last readable form.
     problem: Option<String>,
 }
 
@@ -121,7 +121,7 @@ impl KeptSet {
                 uid,
                 problem: Some(match former {
                     Some(_) => format!("{what}: {KEPT}"),
-                    None => format!("{what}: it is as if it did not exist"),
+                    None => format!("{what}: it does not count"),
                 }),
                 destinations: former,
             },
@@ -147,7 +147,7 @@ pub(super) struct Policies {
     defined: [bool; PolicyKind::ALL.len()],
     pub(super) peer_pods: Table<PeerFacts>,
     selection: Selection<NamespacedName>,
-    /// The policies and sets that were given to `selection` last, and what they were made from.
+    /// The policies and sets that were given to `selection` last, and the revisions that they were made from.
     built: Option<Revisions>,
     resolved: BTreeMap<Arc<ObjectName>, Resolved>,
     objects: Arc<PolicyObjects>,
@@ -224,7 +224,7 @@ impl Policies {
         standing::kinds(self.standings(health))
     }
 
-    /// What is known of each kind.
+    /// The standing of each kind.
     fn standings(&self, health: &Health) -> impl Iterator<Item = (PolicyKind, Standing)> {
         PolicyKind::ALL.into_iter().map(|kind| {
             let is_listed = match kind {
@@ -248,12 +248,12 @@ impl Policies {
         })
     }
 
-    /// Lets rules have the pods that are known now.
+    /// Resolves rules with the pods that are known now.
     pub(super) fn renew_peers(&mut self) {
         self.peers_revision = self.peer_pods.revision();
     }
 
-    /// Notes which definitions there are, and tells in `signals` what the tasks that follow kinds must do. While a
+    /// Records which definitions exist, and tells in `signals` what the tasks that follow kinds must do. While a
     /// definition is being deleted, and after that, the kind's objects stay as they are: the API server deletes every
     /// object of a kind before it deletes the definition.
     pub(super) fn note_definitions(&mut self, signals: &mut Signals) {
@@ -399,7 +399,7 @@ impl Policies {
         self.selection.retain(|key| pods.contains_key(key));
     }
 
-    /// What is wrong with policies.
+    /// The problems of policies.
     pub(super) fn problems(&self) -> impl Iterator<Item = Problem> {
         let frozen = [
             ("EgressPolicy", self.egress.is_frozen(), self.egress.len()),

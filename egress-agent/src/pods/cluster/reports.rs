@@ -71,7 +71,7 @@ pub struct ReportSink {
 }
 
 impl ReportSink {
-    /// Hands on a report, which is written if it differs from the last one.
+    /// Queues a report, which is written if it differs from the last one.
     pub fn publish(&self, report: NodeReport) {
         self.latest.send_if_modified(|latest| {
             let is_new = latest.as_deref() != Some(&report);
@@ -82,7 +82,7 @@ impl ReportSink {
         });
     }
 
-    /// Takes note of how many nodes the cluster has.
+    /// Records how many nodes the cluster has.
     pub(super) fn note_nodes(&self, count: usize) {
         self.nodes
             .store(u32::try_from(count).unwrap_or(u32::MAX), Relaxed);

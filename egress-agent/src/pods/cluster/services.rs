@@ -1,6 +1,6 @@
-//! The cluster's Services and what is behind them.
+//! The cluster's Services and their endpoints.
 //!
-//! Every endpoint counts, ready or not: which of them a node uses now is the node's affair.
+//! Every endpoint counts, ready or not: each node chooses which ones it uses.
 
 use std::{
     collections::HashMap,
@@ -216,9 +216,9 @@ fn addresses(texts: impl Iterator<Item = String>) -> Vec<IpAddr> {
 pub(super) struct ServiceTables {
     pub(super) services: Table<ServiceFacts>,
     pub(super) endpoints: Table<EndpointFacts>,
-    /// What is in force.
+    /// The Services in force.
     together: Arc<Services>,
-    /// What `together` was made from.
+    /// The versions of the objects that `together` was built from.
     made_from: Option<MadeFrom>,
     /// The revisions of the tables that count: endpoints come and go often.
     revisions: [u64; 2],
@@ -232,7 +232,7 @@ struct MadeFrom {
 }
 
 impl ServiceTables {
-    /// Lets the Services and endpoints count that are known now.
+    /// Builds `together` from the Services and endpoints that are known now.
     pub(super) fn renew(&mut self) {
         self.revisions = [self.services.revision(), self.endpoints.revision()];
     }
@@ -241,7 +241,7 @@ impl ServiceTables {
         self.services.is_complete() && self.endpoints.is_complete()
     }
 
-    /// Whether they need not be awaited: without them a Service would be reached whose endpoints are denied.
+    /// Whether a start need not wait for them: without them a pod could reach a Service whose endpoints are denied.
     pub(super) fn are_ready(&self, health: &Health) -> bool {
         [
             (self.services.is_complete(), Watched::Services),

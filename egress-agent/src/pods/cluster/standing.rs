@@ -1,4 +1,5 @@
-//! Whether a start waits for a kind of policy objects, and what an API server that does not list them says.
+//! How far each kind of policy objects is known: listed, awaited, absent or unlisted. A start waits for a kind that
+//! is awaited.
 //!
 //! A server that restarts refuses requests for a moment (403), or does not know a kind yet that it has (404). Only the
 //! definitions tell that a kind does not exist.
@@ -14,7 +15,7 @@ use super::{
     table::Table,
 };
 
-/// What is known of a kind of policy objects.
+/// How far a kind of policy objects is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Standing {
     /// Its objects have been listed.
@@ -23,13 +24,13 @@ pub(super) enum Standing {
     Awaited,
     /// It does not exist.
     Absent,
-    /// The server may have it and does not list it. A start goes on without it unless an earlier agent knew its objects,
-    /// because the agent's roles may never have allowed it.
+    /// The server may have it and does not list it. A start goes on without it unless an earlier agent knew its
+    /// objects, because the agent's roles may never have allowed it.
     Unlisted,
 }
 
 impl Standing {
-    /// What is known of a kind. `is_listed` tells whether a complete list of its objects has been read.
+    /// The standing of a kind. `is_listed` tells whether a complete list of its objects has been read.
     pub(super) fn of(
         kind: PolicyKind,
         is_listed: bool,
@@ -95,8 +96,8 @@ mod tests {
         Failure::Refused("it is forbidden".into())
     }
 
-    /// What is known of the kind after such failures of its list and of the list of definitions. `has` tells whether the
-    /// definitions, if they have been listed, have the kind.
+    /// The standing of the kind after such failures of its list and of the list of definitions. `has` tells whether
+    /// the definitions, if they have been listed, have the kind.
     fn standing(failure: Option<Failure>, definitions: Option<Failure>, has: bool) -> Standing {
         let health = Health::default();
         if let Some(failure) = failure {

@@ -77,7 +77,7 @@ impl State {
     pub(super) fn snapshot(&mut self, health: &Health) -> Snapshot {
         let mut problems = health.problems();
         problems.extend(self.kubelet.problem().cloned());
-        // Later a kind of policies may come, or be out of reach: what is known stays.
+        // Later a kind of policies may come, or be out of reach: known objects stay.
         self.was_ready = self.was_ready || self.is_ready(health);
         if !self.was_ready {
             return Snapshot {

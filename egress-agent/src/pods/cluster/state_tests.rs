@@ -256,9 +256,9 @@ fn resolvers_come_from_the_clusters_own_objects() {
 fn a_missing_dns_service_is_a_problem() {
     let mut cluster = Cluster::new();
     complete(&mut cluster.state.dns_service);
-    let said = messages(&cluster.snapshot());
-    assert_eq!(said.len(), 1);
-    assert!(said[0].starts_with("service kube-system/kube-dns: does not exist"));
+    let problems = messages(&cluster.snapshot());
+    assert_eq!(problems.len(), 1);
+    assert!(problems[0].starts_with("service kube-system/kube-dns: does not exist"));
 }
 
 #[test]

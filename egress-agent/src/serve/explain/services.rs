@@ -1,4 +1,4 @@
-//! What an explanation says of Services.
+//! The part of an explanation that is about Services.
 
 use egress_policy::{EntrySource, Origin, services::About};
 

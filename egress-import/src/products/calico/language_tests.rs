@@ -1,4 +1,4 @@
-//! Calico's selectors, and what they become.
+//! Calico's selectors and their translations.
 
 use super::*;
 use crate::selector::words;

@@ -19,7 +19,7 @@ use crate::{
 #[derive(Clone, Copy)]
 pub(super) struct Around<'a> {
     pub(super) sets: &'a [Set],
-    /// Whose policy it is.
+    /// The namespace of the policy.
     pub(super) reach: &'a Reach,
 }
 

@@ -229,7 +229,7 @@ fn rules_about_all_protocols_decide_in_their_order_in_the_admin_tier() {
     ]);
 }
 
-/// What the combined rules of either tier let through at first.
+/// The connections that the combined rules of either tier let through at first.
 #[track_caller]
 fn expect_of_all(scene: &Scene) {
     let (a, b) = (("red", 0), ("red", 1));

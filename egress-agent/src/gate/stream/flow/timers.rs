@@ -1,4 +1,4 @@
-//! What a connection does when time has passed: the gate repeats what it has acknowledged itself, and forgets
+//! The timers of a connection: the gate repeats bytes that it has acknowledged itself, and forgets
 //! connections that are idle.
 
 use super::{
@@ -61,7 +61,7 @@ impl Flow {
         (owed > self.asked.acked && now_ns >= self.resend_at_ns).then_some(owed)
     }
 
-    /// Repeats what is not acknowledged in time: at most 16 KiB.
+    /// Repeats bytes that are not acknowledged in time: at most 16 KiB.
     pub(in super::super) fn repeat<D: Decide, O: Out>(
         &mut self,
         step: &mut Step<'_, D, O>,

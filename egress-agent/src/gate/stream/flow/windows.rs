@@ -1,4 +1,4 @@
-//! What the ends of a connection can take: sizes of segments and windows.
+//! The sizes of segments and windows that the ends of a connection accept.
 
 use super::{
     super::{

@@ -1,4 +1,4 @@
-//! What becomes of DNS while no agent runs: `whenAgentDown`.
+//! How DNS is treated while no agent runs: `whenAgentDown`.
 
 use std::time::Duration;
 
@@ -9,19 +9,19 @@ use super::{
     written::value,
 };
 
-/// What becomes of DNS while no agent runs.
+/// How DNS is treated while no agent runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct WhenAgentDown {
     /// How long names resolve that the agent has decided (`dns.learn: kernel`).
     #[serde(deserialize_with = "duration")]
     pub resolve_for: Duration,
-    /// What becomes of all other DNS messages.
+    /// How all other DNS messages are treated.
     #[serde(deserialize_with = "read::word")]
     pub undecided: Undecided,
 }
 
-/// What becomes of the DNS messages that the agent would have to read.
+/// How DNS messages are treated that the agent would have to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Undecided {
     /// They are dropped, unless an agent comes back before their senders have given up.

@@ -1,4 +1,4 @@
-//! What holds of every plan, over random histories of a node.
+//! Properties of every plan, over random histories of a node.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -10,7 +10,7 @@ use proptest::{collection::vec, prelude::*};
 
 use super::{
     Action, Plan,
-    scene::{Scene, behind, subject, told},
+    scene::{Scene, behind, subject, summary},
 };
 use crate::{control::observe::locations::Location, report::Subject};
 use egress_policy::Mode;
@@ -193,8 +193,8 @@ fn is_to_be_enforced(scene: &Scene, ifindex: IfIndex) -> bool {
     })
 }
 
-/// The interfaces in quarantine, and those of pods that are gone or have left them, on which somebody is to be enforced:
-/// each stays closed or judged until then.
+/// The interfaces in quarantine, and those of pods that are gone or have left them, on which somebody is to be
+/// enforced: each stays closed or judged until then.
 fn handed_over(scene: &Scene, wanted_on: &HashMap<IfIndex, &Subject>) -> Vec<IfIndex> {
     let enforced = scene.enforced.values();
     let leaving = enforced.flat_map(|in_force| in_force.wanted.interfaces.iter().copied());
@@ -204,14 +204,14 @@ fn handed_over(scene: &Scene, wanted_on: &HashMap<IfIndex, &Subject>) -> Vec<IfI
         .collect()
 }
 
-/// Carries out the plan, and checks what holds after each of its actions, and of the whole.
+/// Carries out the plan. Checks the properties after each of its actions, and at its end.
 fn check(scene: &mut Scene, plan: &Plan) {
     let places: Vec<u8> = plan
         .actions
         .iter()
         .map(|action| place(scene, action))
         .collect();
-    assert!(places.is_sorted(), "{:?}", told(plan));
+    assert!(places.is_sorted(), "{:?}", summary(plan));
 
     let released: HashSet<&Subject> = plan
         .actions
@@ -244,7 +244,7 @@ fn check(scene: &mut Scene, plan: &Plan) {
         else {
             continue;
         };
-        // What is to be free is released first, if nobody else is to have its interface.
+        // A pod that is to be free is released first, if nobody else is to have its interface.
         let interfaces = scene.enforced[subject].wanted.interfaces.clone();
         let left = scene.left.values().flat_map(|left| &left.interfaces);
         let left: HashSet<IfIndex> = left.map(|&(ifindex, _)| ifindex).collect();
@@ -256,7 +256,7 @@ fn check(scene: &mut Scene, plan: &Plan) {
                 })
         };
         if !is_gone(scene, subject) && !interfaces.iter().any(is_claimed) {
-            assert!(released.contains(subject), "{subject}: {:?}", told(plan));
+            assert!(released.contains(subject), "{subject}: {:?}", summary(plan));
         }
         assert!(
             taken_over.is_empty() || !released.contains(subject),
@@ -273,14 +273,14 @@ fn check(scene: &mut Scene, plan: &Plan) {
             assert!(
                 scene.enforced.contains_key(subject) && !released.contains(subject),
                 "{subject} lost its enforcement: {:?}",
-                told(plan)
+                summary(plan)
             );
         }
         for &ifindex in &handed_over {
             assert!(
                 scene.attached.contains(&ifindex),
                 "{ifindex} is free: {:?}",
-                told(plan)
+                summary(plan)
             );
         }
     }
@@ -290,7 +290,7 @@ fn check(scene: &mut Scene, plan: &Plan) {
         assert!(
             scene.attached.contains(&ifindex),
             "{ifindex} is free: {:?}",
-            told(plan)
+            summary(plan)
         );
     }
 
@@ -298,7 +298,7 @@ fn check(scene: &mut Scene, plan: &Plan) {
     for (subject, in_force) in &scene.enforced {
         for &ifindex in &in_force.wanted.interfaces {
             if let Some(other) = pods.insert(ifindex, subject) {
-                panic!("{ifindex} has {other} and {subject}: {:?}", told(plan));
+                panic!("{ifindex} has {other} and {subject}: {:?}", summary(plan));
             }
         }
     }
@@ -323,11 +323,11 @@ proptest! {
             let mut last = first;
             for _ in 0..=2 * PODS.len() {
                 let next = scene.plan();
-                prop_assert!(is_refused(&last) || next.actions.is_empty(), "{:?}", told(&next));
+                prop_assert!(is_refused(&last) || next.actions.is_empty(), "{:?}", summary(&next));
                 check(&mut scene, &next);
                 last = next;
             }
-            prop_assert!(last.actions.is_empty(), "{:?}", told(&last));
+            prop_assert!(last.actions.is_empty(), "{:?}", summary(&last));
         }
     }
 }

@@ -1,10 +1,10 @@
-//! What the node's report says.
+//! The content of the node's report object.
 
 use std::collections::BTreeMap;
 
 use egress_policy::Mode;
 
-use super::{Publisher, applied::PodInForce};
+use super::{Publisher, applied_policies::PodInForce};
 use crate::{
     control::{
         apply::Applier,
@@ -15,7 +15,7 @@ use crate::{
 };
 
 impl Publisher {
-    /// Takes note of which policies are in the kernel.
+    /// Records which policies are in the kernel.
     pub(super) fn note_applied(
         &mut self,
         observed: &Observed<'_>,
@@ -55,7 +55,7 @@ impl Publisher {
         self.applied.note(&observed.policies, &pods);
     }
 
-    /// Hands on the node's report. Until the source has said which pods there are, the last one stays.
+    /// Sends the node's report. Until the source has said which pods there are, the last report stays.
     pub(super) fn report(&self, observed: &Observed<'_>, node: &StatusSnapshot) {
         let Some(cluster) = &self.cluster else {
             return;

@@ -1,4 +1,4 @@
-//! The rules of whole plans: who gets an interface, what comes first, and what becomes of connections from before.
+//! Whole plans: which pod gets an interface, which action comes first, and what happens to connections from before.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use egress_common::{
 
 use super::{
     Action, plan,
-    scene::{Scene, behind, subject, told},
+    scene::{Scene, behind, subject, summary},
 };
 use crate::{
     control::{observe::unlocated::PATIENCE, publish::problems::About},
@@ -27,8 +27,8 @@ fn off(scene: &mut Scene, name: &str) {
 fn a_new_pod_is_enforced_and_then_left_as_it_is() {
     let mut scene = Scene::new();
     scene.add("cart", 1);
-    assert_eq!(told(&scene.reconcile()), ["prepare", "begin cart"]);
-    assert!(told(&scene.plan()).is_empty());
+    assert_eq!(summary(&scene.reconcile()), ["prepare", "begin cart"]);
+    assert!(summary(&scene.plan()).is_empty());
 }
 
 #[test]
@@ -37,7 +37,7 @@ fn of_two_pods_on_one_interface_the_one_that_has_it_keeps_it() {
     scene.add("zoo", 1);
     scene.reconcile();
     scene.add("cart", 1);
-    assert!(told(&scene.plan()).is_empty());
+    assert!(summary(&scene.plan()).is_empty());
     assert_eq!(
         scene.problem("cart"),
         "not enforced: interface veth1 is already that of pod shop/zoo"
@@ -50,7 +50,7 @@ fn of_two_new_pods_on_one_interface_one_gets_it() {
     let mut scene = Scene::new();
     scene.add("cart", 1);
     scene.add("zoo", 1);
-    assert_eq!(told(&scene.plan()), ["prepare", "begin cart"]);
+    assert_eq!(summary(&scene.plan()), ["prepare", "begin cart"]);
     assert!(
         scene
             .problem("zoo")
@@ -66,7 +66,7 @@ fn two_pods_that_swap_interfaces_in_one_edit_stay_where_they_are() {
     scene.reconcile();
     scene.get("cart").location = behind(&[2]);
     scene.get("zoo").location = behind(&[1]);
-    assert!(told(&scene.plan()).is_empty());
+    assert!(summary(&scene.plan()).is_empty());
     assert_eq!(
         scene.problem("cart"),
         "interface veth2 is already that of pod shop/zoo; enforced on its earlier interface"
@@ -82,11 +82,11 @@ fn two_pods_that_swap_interfaces_in_one_edit_stay_where_they_are() {
 fn a_pod_takes_its_interface_over_from_quarantine_before_the_interface_leaves_it() {
     let mut scene = Scene::new();
     scene.add_unknown("veth1", 1);
-    assert_eq!(told(&scene.reconcile()), ["prepare", "begin veth1"]);
+    assert_eq!(summary(&scene.reconcile()), ["prepare", "begin veth1"]);
     scene.pods.clear();
     scene.add("cart", 1);
     assert_eq!(
-        told(&scene.plan()),
+        summary(&scene.plan()),
         [
             "prepare",
             "begin cart",
@@ -105,7 +105,7 @@ fn an_interface_stays_in_quarantine_while_its_pod_cannot_be_enforced_on_it() {
     scene.pods.remove(&Subject::interface("veth2"));
     scene.get("cart").location = behind(&[1, 2]);
     scene.get("cart").pod.namespace_known = false;
-    assert!(told(&scene.plan()).is_empty());
+    assert!(summary(&scene.plan()).is_empty());
 }
 
 #[test]
@@ -116,7 +116,7 @@ fn an_interface_whose_pod_is_not_to_be_enforced_leaves_quarantine_at_once() {
     scene.pods.clear();
     scene.add("cart", 1);
     off(&mut scene, "cart");
-    assert_eq!(told(&scene.plan()), ["release veth1", "remove veth1"]);
+    assert_eq!(summary(&scene.plan()), ["release veth1", "remove veth1"]);
 }
 
 #[test]
@@ -145,7 +145,7 @@ fn a_pod_that_is_to_be_free_is_released_before_anything_is_detached() {
     scene.pods.remove(&subject("gone"));
     off(&mut scene, "cart");
     assert_eq!(
-        told(&scene.plan()),
+        summary(&scene.plan()),
         ["release cart", "remove gone", "remove cart"]
     );
     assert_eq!(scene.plan().left_alone, [IfIndex::new(1)]);
@@ -174,7 +174,7 @@ fn everything_at_once_is_done_in_the_order_that_frees_and_protects_soonest() {
     scene.add("adopted", 1);
     scene.add("begun", 8);
     assert_eq!(
-        told(&scene.plan()),
+        summary(&scene.plan()),
         [
             "release freed",
             "remove gone",
@@ -196,7 +196,7 @@ fn a_pod_that_is_made_anew_takes_its_interface_over_from_the_one_that_is_gone() 
     scene.reconcile();
     scene.get("cart").pod.uid = "another".to_owned();
     assert_eq!(
-        told(&scene.reconcile()),
+        summary(&scene.reconcile()),
         [
             "retire cart",
             "prepare",
@@ -204,7 +204,7 @@ fn a_pod_that_is_made_anew_takes_its_interface_over_from_the_one_that_is_gone() 
             "remove what is left of 1, if [1] are taken over"
         ]
     );
-    assert!(told(&scene.plan()).is_empty());
+    assert!(summary(&scene.plan()).is_empty());
 }
 
 #[test]
@@ -215,7 +215,7 @@ fn quarantine_takes_over_the_interface_of_a_pod_that_is_gone() {
     scene.pods.clear();
     scene.add_unknown("veth1", 1);
     assert_eq!(
-        told(&scene.reconcile()),
+        summary(&scene.reconcile()),
         [
             "retire cart",
             "prepare",
@@ -223,7 +223,7 @@ fn quarantine_takes_over_the_interface_of_a_pod_that_is_gone() {
             "remove what is left of 1, if [1] are taken over"
         ]
     );
-    assert!(told(&scene.plan()).is_empty());
+    assert!(summary(&scene.plan()).is_empty());
 }
 
 #[test]
@@ -236,13 +236,13 @@ fn an_interface_of_a_pod_that_is_gone_stays_judged_while_nobody_can_take_it_over
     scene.pods.remove(&subject("gone"));
     scene.get("cart").location = behind(&[1, 2]);
     scene.get("cart").pod.namespace_known = false;
-    assert_eq!(told(&scene.reconcile()), ["retire gone"]);
+    assert_eq!(summary(&scene.reconcile()), ["retire gone"]);
     let later = scene.plan();
-    assert!(told(&later).is_empty());
+    assert!(summary(&later).is_empty());
     assert_eq!(later.kept, [PodId::new(2)]);
     scene.get("cart").pod.namespace_known = true;
     assert_eq!(
-        told(&scene.plan()),
+        summary(&scene.plan()),
         [
             "prepare",
             "move cart to [1, 2]",
@@ -258,7 +258,7 @@ fn connections_are_noted_at_once_where_a_pod_follows_one_that_is_gone() {
     scene.reconcile();
     scene.get("cart").pod.uid = "another".to_owned();
     scene.unjudged.leave(&[IfIndex::new(1)]);
-    assert_eq!(told(&scene.plan())[2], "begin cart, note");
+    assert_eq!(summary(&scene.plan())[2], "begin cart, note");
 }
 
 #[test]
@@ -270,7 +270,7 @@ fn a_pod_is_enforced_on_those_of_its_interfaces_that_no_other_pod_has() {
     scene.pods.remove(&Subject::interface("veth1"));
     scene.add("cart", 1).location = behind(&[1, 2]);
     assert_eq!(
-        told(&scene.reconcile()),
+        summary(&scene.reconcile()),
         [
             "prepare",
             "begin cart",
@@ -285,7 +285,7 @@ fn a_pod_is_enforced_on_those_of_its_interfaces_that_no_other_pod_has() {
     // It gets the other interface when its pod is gone.
     scene.pods.remove(&subject("zoo"));
     assert_eq!(
-        told(&scene.plan()),
+        summary(&scene.plan()),
         [
             "retire zoo",
             "prepare",
@@ -302,8 +302,11 @@ fn an_enforced_pod_moves_to_those_of_its_interfaces_that_no_other_pod_has() {
     scene.add("zoo", 2);
     scene.reconcile();
     scene.get("cart").location = behind(&[1, 2, 3]);
-    assert_eq!(told(&scene.reconcile()), ["prepare", "move cart to [1, 3]"]);
-    assert!(told(&scene.plan()).is_empty());
+    assert_eq!(
+        summary(&scene.reconcile()),
+        ["prepare", "move cart to [1, 3]"]
+    );
+    assert!(summary(&scene.plan()).is_empty());
 }
 
 #[test]
@@ -321,11 +324,11 @@ fn an_interface_that_a_pod_leaves_stays_closed_until_another_one_is_enforced_the
         scene.reconcile();
         scene.get("cart").location = behind(&[2]);
         come(&mut scene);
-        assert_eq!(told(&scene.reconcile()), ["prepare", "move cart to [2]"]);
+        assert_eq!(summary(&scene.reconcile()), ["prepare", "move cart to [2]"]);
         let at = IfIndex::new(1);
         assert!(scene.attached.contains(&at), "{next} is open");
         assert_eq!(
-            told(&scene.reconcile()),
+            summary(&scene.reconcile()),
             ["prepare".to_owned(), format!("begin {next}")]
         );
         assert!(scene.attached.contains(&at));
@@ -343,7 +346,7 @@ fn an_interface_stays_in_quarantine_if_the_pod_behind_it_is_refused() {
     scene.reconcile();
     // It cannot be told at the moment whose interface it is.
     scene.add("cart", 1);
-    assert!(told(&scene.plan()).is_empty());
+    assert!(summary(&scene.plan()).is_empty());
     assert_eq!(
         scene.problem("cart"),
         "not enforced: interface veth1 is in quarantine"
@@ -358,10 +361,10 @@ fn what_an_earlier_agent_left_is_adopted_before_new_pods_begin() {
     scene.restart();
     scene.add("cart", 2);
     assert_eq!(
-        told(&scene.reconcile()),
+        summary(&scene.reconcile()),
         ["prepare", "adopt zoo", "begin cart"]
     );
-    assert!(told(&scene.plan()).is_empty());
+    assert!(summary(&scene.plan()).is_empty());
 }
 
 #[test]
@@ -373,7 +376,7 @@ fn what_an_earlier_agent_left_is_kept_while_the_source_cannot_be_read_in_full() 
     scene.pods.clear();
     scene.incomplete = true;
     let early = scene.plan();
-    assert!(told(&early).is_empty());
+    assert!(summary(&early).is_empty());
     assert_eq!(early.kept, [PodId::new(1)]);
     assert_eq!(early.other_problems.iter().count(), 0);
     let late = plan(&scene.observed(), &scene.settings, scene.began + PATIENCE);
@@ -388,7 +391,7 @@ fn what_an_earlier_agent_left_is_kept_while_the_source_cannot_be_read_in_full() 
     let of_directory = scene.plan();
     assert!(of_directory.other_problems.of(&subject("cart")).is_some());
     scene.incomplete = false;
-    assert_eq!(told(&scene.plan()), ["remove what is left of 1"]);
+    assert_eq!(summary(&scene.plan()), ["remove what is left of 1"]);
 }
 
 #[test]
@@ -398,7 +401,7 @@ fn a_pod_that_ran_before_begins_with_its_sources_and_settles_last() {
     scene.add("zoo", 1);
     scene.add("cart", 2);
     assert_eq!(
-        told(&scene.reconcile()),
+        summary(&scene.reconcile()),
         ["prepare", "begin cart", "begin zoo, settle", "settle"]
     );
 }
@@ -412,7 +415,7 @@ fn connections_are_noted_at_once_on_an_interface_that_is_judged_for_another_pod(
     scene.pods.clear();
     scene.add("cart", 1);
     scene.unjudged.leave(&[IfIndex::new(1)]);
-    assert_eq!(told(&scene.plan())[1], "begin cart, note");
+    assert_eq!(summary(&scene.plan())[1], "begin cart, note");
 }
 
 #[test]
@@ -420,10 +423,10 @@ fn an_interface_that_was_in_quarantine_from_its_beginning_has_nothing_from_befor
     let mut scene = Scene::new();
     scene.unjudged.look(&[].into());
     scene.add_unknown("veth1", 1);
-    assert_eq!(told(&scene.reconcile())[1], "begin veth1");
+    assert_eq!(summary(&scene.reconcile())[1], "begin veth1");
     scene.pods.clear();
     scene.add("cart", 1);
-    assert_eq!(told(&scene.plan())[1], "begin cart");
+    assert_eq!(summary(&scene.plan())[1], "begin cart");
 }
 
 #[test]
@@ -436,7 +439,7 @@ fn a_pod_that_was_switched_off_has_connections_from_before_when_it_is_switched_o
     let policy = scene.policy(&[("allow", "a.test")]);
     scene.get("cart").policy = policy;
     assert_eq!(
-        told(&scene.plan()),
+        summary(&scene.plan()),
         ["prepare", "begin cart, settle", "settle"]
     );
 }
@@ -448,10 +451,10 @@ fn connections_are_noted_on_the_new_interfaces_of_a_pod_alone() {
     scene.reconcile();
     scene.unjudged.leave(&[IfIndex::new(1)]);
     scene.get("cart").location = behind(&[1, 2]);
-    assert_eq!(told(&scene.plan()), ["prepare", "move cart to [1, 2]"]);
+    assert_eq!(summary(&scene.plan()), ["prepare", "move cart to [1, 2]"]);
     scene.unjudged.leave(&[IfIndex::new(2)]);
     assert_eq!(
-        told(&scene.plan()),
+        summary(&scene.plan()),
         ["prepare", "move cart to [1, 2], note"]
     );
 }
@@ -465,10 +468,10 @@ fn a_pod_that_changes_its_policy_and_its_interfaces_does_both() {
     let cart = scene.get("cart");
     (cart.policy, cart.location) = (policy, behind(&[2]));
     assert_eq!(
-        told(&scene.reconcile()),
+        summary(&scene.reconcile()),
         ["prepare", "change cart", "move cart to [2]"]
     );
-    assert!(told(&scene.plan()).is_empty());
+    assert!(summary(&scene.plan()).is_empty());
 }
 
 #[test]

@@ -2,9 +2,10 @@
 //!
 //! An agent that starts does not know the cluster's addresses until each of its watches has read a complete list.
 //! Without the cluster's ranges, tunnels and internal addresses would be open; without its resolvers, responses would
-//! pass unheld. So what the kernel's map `ranges` has stays until then: its resolvers until everything that resolvers
-//! come from is known, its internal ranges until everything that they come from is. The configuration's own entries are
-//! added to it.
+//! Without the cluster's ranges, tunnels and internal addresses would be open; without its resolvers, responses would
+//! pass unheld. So the entries of the kernel's map `ranges` stay at first: resolvers until every source of resolvers
+//! is known, internal ranges until every source of internal ranges is. The configuration's own entries are added to
+//! them.
 
 use egress_common::records::{RANGE_INTERNAL, RANGE_RESOLVER, RANGE_SERVICES};
 
@@ -16,7 +17,7 @@ use crate::{
 };
 use egress_policy::{Prefix, Resolver, prefix::from_mapped};
 
-/// What the kernel has, and neither the configuration nor the known facts name.
+/// The entries in the kernel that neither the configuration nor the known facts name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Inherited {
     pub(super) internal: Vec<Prefix>,

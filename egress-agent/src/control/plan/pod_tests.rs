@@ -1,4 +1,4 @@
-//! The rules for one pod: whether it is enforced, under which policy, and from which addresses it may send.
+//! Decisions about one pod: whether it is enforced, under which policy, and from which addresses it may send.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -9,7 +9,7 @@ use egress_common::{
 
 use super::{
     Action,
-    scene::{Scene, behind, subject, told},
+    scene::{Scene, behind, subject, summary},
     wanted::{Wanted, mapped},
 };
 use crate::{
@@ -18,7 +18,7 @@ use crate::{
     pods::ObjectsOf,
 };
 
-/// What the pod is to be under.
+/// The wanted enforcement of the pod.
 fn wanted(scene: &Scene, name: &str) -> Arc<Wanted> {
     let plan = scene.plan();
     let mut actions = plan.actions.iter();
@@ -48,7 +48,7 @@ fn a_pod_keeps_its_last_good_policy_while_its_namespace_is_not_known() {
     ));
     let cart = scene.get("cart");
     (cart.pod.namespace_known, cart.policy) = (false, closed);
-    assert!(told(&scene.plan()).is_empty());
+    assert!(summary(&scene.plan()).is_empty());
     assert_eq!(
         scene.problem("cart"),
         "its namespace is not known; the last good policy stays"
@@ -69,7 +69,7 @@ fn a_pod_whose_objects_are_not_known_stays_as_an_earlier_agent_left_it() {
     cart.pod.objects_of = ObjectsOf::UnknownButEnforced;
     cart.policy = Arc::clone(&closed);
     let plan = scene.plan();
-    assert!(told(&plan).is_empty());
+    assert!(summary(&plan).is_empty());
     assert_eq!(plan.kept.len(), 1);
     assert!(
         scene
@@ -82,7 +82,7 @@ fn a_pod_whose_objects_are_not_known_stays_as_an_earlier_agent_left_it() {
     // Its location may not be known for a moment.
     scene.get("cart").location = Location::NotYet("later".into());
     let plan = scene.plan();
-    assert!(told(&plan).is_empty());
+    assert!(summary(&plan).is_empty());
     assert_eq!(plan.kept.len(), 1);
 }
 
@@ -98,10 +98,10 @@ fn a_new_pod_whose_objects_are_not_known_is_closed_and_follows_its_addresses() {
     cart.policy = Arc::clone(&closed);
     assert_eq!(wanted(&scene, "cart").compiled, closed);
     scene.reconcile();
-    assert!(told(&scene.plan()).is_empty());
+    assert!(summary(&scene.plan()).is_empty());
     let address = IpAddr::from([10, 0, 0, 9]);
     scene.get("cart").pod.addresses = vec![address];
-    assert_eq!(told(&scene.plan()), ["prepare", "change cart"]);
+    assert_eq!(summary(&scene.plan()), ["prepare", "change cart"]);
 }
 
 #[test]
@@ -115,7 +115,7 @@ fn a_pod_keeps_its_last_good_policy_while_its_objects_are_not_known() {
     ));
     let cart = scene.get("cart");
     (cart.pod.objects_of, cart.policy) = (ObjectsOf::Unknown, closed);
-    assert!(told(&scene.plan()).is_empty());
+    assert!(summary(&scene.plan()).is_empty());
     assert!(
         scene
             .problem("cart")
@@ -146,7 +146,7 @@ fn a_pod_that_is_not_found_any_more_stays_enforced_where_it_was() {
         scene.reconcile();
         scene.get("cart").location = location;
         let plan = scene.plan();
-        assert!(told(&plan).is_empty());
+        assert!(summary(&plan).is_empty());
         let why = &plan.unlocated[&subject("cart")].why;
         assert!(why.ends_with("enforced on its earlier interfaces"), "{why}");
     }
@@ -164,9 +164,9 @@ fn a_pod_that_hides_its_interfaces_keeps_no_edit_from_them() {
         let edited = scene.policy(&[("deny", "203.0.113.9")]);
         let cart = scene.get("cart");
         (cart.location, cart.policy) = (location, edited);
-        assert_eq!(told(&scene.reconcile()), ["prepare", "change cart"]);
+        assert_eq!(summary(&scene.reconcile()), ["prepare", "change cart"]);
         let plan = scene.plan();
-        assert!(told(&plan).is_empty());
+        assert!(summary(&plan).is_empty());
         assert!(plan.unlocated.contains_key(&subject("cart")));
     }
 }
@@ -180,8 +180,8 @@ fn a_pod_whose_new_interface_another_pod_has_keeps_no_edit_from_its_earlier_one(
     let edited = scene.policy(&[("deny", "203.0.113.9")]);
     let cart = scene.get("cart");
     (cart.location, cart.policy) = (behind(&[2]), edited);
-    assert_eq!(told(&scene.reconcile()), ["prepare", "change cart"]);
-    assert!(told(&scene.plan()).is_empty());
+    assert_eq!(summary(&scene.reconcile()), ["prepare", "change cart"]);
+    assert!(summary(&scene.plan()).is_empty());
     assert!(
         scene
             .problem("cart")
@@ -204,7 +204,7 @@ fn a_pod_that_is_refused_stays_refused_while_it_is_not_found() {
     scene.reconcile();
     let cart = scene.get("cart");
     (cart.location, cart.exits) = (Location::NotYet("has no interface".to_owned()), None);
-    assert!(told(&scene.plan()).is_empty());
+    assert!(summary(&scene.plan()).is_empty());
 }
 
 /// The location of a pod whose control group is empty.
@@ -222,7 +222,7 @@ fn a_pod_of_which_nothing_runs_any_more_stays_enforced_and_nobody_waits_for_it()
     scene.reconcile();
     scene.get("cart").location = nobody();
     let plan = scene.plan();
-    assert!(told(&plan).is_empty() && plan.unlocated.is_empty() && plan.problems.is_empty());
+    assert!(summary(&plan).is_empty() && plan.unlocated.is_empty() && plan.problems.is_empty());
 }
 
 #[test]
@@ -230,7 +230,7 @@ fn a_pod_that_is_not_there_yet_is_waited_for() {
     let mut scene = Scene::new();
     scene.add("cart", 1).location = nobody();
     let plan = scene.plan();
-    assert!(told(&plan).is_empty());
+    assert!(summary(&plan).is_empty());
     assert_eq!(
         plan.unlocated[&subject("cart")],
         Absence {
@@ -247,7 +247,7 @@ fn a_manifests_pod_whose_interface_is_gone_is_not_enforced_any_more() {
     scene.add("cart", 1).pod.cgroup_uid = None;
     scene.reconcile();
     scene.get("cart").location = Location::Nowhere("there is no interface veth1".to_owned());
-    assert_eq!(told(&scene.plan()), ["release cart", "remove cart"]);
+    assert_eq!(summary(&scene.plan()), ["release cart", "remove cart"]);
     assert_eq!(scene.problem("cart"), "there is no interface veth1");
 }
 
@@ -257,7 +257,7 @@ fn a_pod_in_the_hosts_network_is_not_enforced_and_only_who_asked_for_it_is_told(
     let cart = scene.add("cart", 1);
     cart.pod.host_network = true;
     cart.location = Location::Nowhere("the pod is in the host's network".to_owned());
-    assert!(told(&scene.plan()).is_empty());
+    assert!(summary(&scene.plan()).is_empty());
     assert_eq!(
         scene.problem("cart"),
         "not enforced: the pod is in the host's network (hostNetwork)"
@@ -274,7 +274,7 @@ fn an_enforced_pod_with_too_many_addresses_keeps_its_policy_and_a_new_one_is_clo
     scene.add("cart", 1);
     scene.reconcile();
     scene.get("cart").pod.addresses.clone_from(&many);
-    assert!(told(&scene.plan()).is_empty());
+    assert!(summary(&scene.plan()).is_empty());
     assert!(
         scene
             .problem("cart")
@@ -296,7 +296,7 @@ fn an_enforced_pod_with_too_many_addresses_keeps_its_policy_and_a_new_one_is_clo
 fn a_pod_without_an_address_is_enforced_and_told() {
     let mut scene = Scene::new();
     scene.add("cart", 1).pod.addresses.clear();
-    assert_eq!(told(&scene.plan()), ["prepare", "begin cart"]);
+    assert_eq!(summary(&scene.plan()), ["prepare", "begin cart"]);
     assert_eq!(scene.problem("cart"), crate::pods::NO_ADDRESS);
 }
 

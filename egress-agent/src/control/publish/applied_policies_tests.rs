@@ -1,4 +1,4 @@
-//! Generations in force, without a kernel.
+//! Which generations count as in force, without a kernel.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! What a command of the agent says that reads files and ends.
+//! The output of a command of the agent that reads files and ends.
 
 use std::{
     io::Write as _,
@@ -9,14 +9,14 @@ use std::{
 use egress_tests::Agent;
 use serde_json::Value;
 
-/// What the program said: its exit status, standard output and standard error.
-pub(crate) struct Said {
+/// The program's exit status, standard output and standard error.
+pub(crate) struct CommandOutput {
     pub(crate) code: Option<i32>,
     pub(crate) output: String,
     pub(crate) errors: String,
 }
 
-impl Said {
+impl CommandOutput {
     /// Runs a command of the agent in this directory, with this standard input.
     #[track_caller]
     pub(crate) fn of(command: &str, directory: &Path, arguments: &[&str], input: &str) -> Self {

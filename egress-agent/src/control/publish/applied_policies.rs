@@ -26,11 +26,11 @@ pub(super) struct PodInForce<'a> {
     pub(super) uid: &'a str,
     /// The policy objects that select it.
     pub(super) objects: &'a Objects,
-    /// What it should be under.
+    /// Its wanted policy.
     pub(super) policy: &'a Arc<Compiled>,
     /// Which parts of `policy` are compiled from `objects`, and not from what could be read earlier.
     pub(super) present: Present,
-    /// What the kernel's maps have for it; `None` if it is not enforced.
+    /// Its policy in the kernel's maps; `None` if it is not enforced.
     pub(super) in_kernel: Option<&'a Arc<Compiled>>,
     /// Whether all of its packets are judged.
     pub(super) is_whole: bool,
@@ -38,7 +38,7 @@ pub(super) struct PodInForce<'a> {
     pub(super) is_wanted: bool,
 }
 
-/// What is remembered of a pod.
+/// The state of a pod after the last reconcile.
 struct Known {
     uid: String,
     policy: Arc<Compiled>,
@@ -60,7 +60,7 @@ pub(super) struct AppliedPolicies {
 }
 
 impl AppliedPolicies {
-    /// Takes note of what a reconcile has left. A reconcile that changed nothing costs a few comparisons for each pod.
+    /// Records the result of a reconcile. A reconcile that changed nothing costs a few comparisons for each pod.
     pub(super) fn note<'a>(
         &mut self,
         policies: &Arc<PolicyObjects>,
@@ -178,7 +178,7 @@ impl Known {
         }
     }
 
-    /// Whether nothing has changed. Other objects always make another policy in memory.
+    /// Whether nothing has changed. Other objects always compile to another policy in memory.
     fn is(&self, pod: &PodInForce<'_>) -> bool {
         let is_same_in_kernel = match (&self.in_kernel, pod.in_kernel) {
             (Some(known), Some(now)) => Arc::ptr_eq(known, now),
@@ -201,5 +201,5 @@ fn names(objects: &Objects) -> impl Iterator<Item = &Arc<ObjectName>> {
 }
 
 #[cfg(test)]
-#[path = "applied_tests.rs"]
+#[path = "applied_policies_tests.rs"]
 mod tests;

@@ -1,9 +1,9 @@
-//! Noticing that DNS responses take another way than through the agent's programs.
+//! Noticing that DNS responses bypass the agent's programs.
 //!
 //! Cilium with BPF host routing hands packets to a pod with `bpf_redirect_peer`, which puts them into the
 //! pod's end of its interface: `to_pod`, on the host's end, never sees them (net/core/filter.c,
-//! `skb_do_redirect`). Then responses arrive without being held, the agent learns nothing from them, and
-//! the pod reaches nothing by name. That is closed, but without this problem nobody would know why.
+//! pod's end of its interface: `to_pod`, on the host's end, never sees them (net/core/filter.c, `skb_do_redirect`).
+//! Then responses arrive without being held, the agent learns nothing from them, and
 
 use std::time::{Duration, Instant};
 
@@ -21,16 +21,16 @@ const CILIUM: &str = "cil_";
 
 /// The responses that were seen, and the queries since the last of them.
 #[derive(Default)]
-pub(in crate::control) struct Answers {
+pub(in crate::control) struct UnseenResponses {
     seen: u64,
     questions: u64,
     since: Option<Instant>,
     problem: Option<&'static str>,
 }
 
-impl Answers {
-    /// What is wrong, if queries go out and no response is seen. `passed` are the queries and the responses that the
-    /// programs have passed without the gate.
+impl UnseenResponses {
+    /// The problem, if queries go out and no response is seen. `passed` counts the queries and the responses that the
+    /// programs passed without the gate.
     pub(in crate::control) fn problem(
         &mut self,
         stats: &Stats,
@@ -73,34 +73,34 @@ mod tests {
     use crate::gate::{Outcome, Transport};
 
     #[test]
-    fn questions_without_any_answer_are_noticed_and_an_answer_ends_it() {
+    fn queries_without_any_response_are_a_problem_until_a_response_arrives() {
         let stats = Stats::default();
-        let mut answers = Answers::default();
+        let mut responses = UnseenResponses::default();
         let ask = |outcome| {
             for _ in 0..QUESTIONS {
                 stats.count(Transport::Udp, Direction::Question, outcome);
             }
         };
-        assert_eq!(answers.problem(&stats, (0, 0)), None);
+        assert_eq!(responses.problem(&stats, (0, 0)), None);
         ask(Outcome::Refused);
         let long_ago = Instant::now().checked_sub(2 * AT_LEAST);
-        answers.since = long_ago;
+        responses.since = long_ago;
         assert_eq!(
-            answers.problem(&stats, (0, 0)),
+            responses.problem(&stats, (0, 0)),
             None,
             "refused ones need no answer"
         );
         ask(Outcome::Delivered);
-        assert!(answers.problem(&stats, (0, 0)).is_some());
+        assert!(responses.problem(&stats, (0, 0)).is_some());
         assert!(
-            answers.problem(&stats, (0, 0)).is_some(),
+            responses.problem(&stats, (0, 0)).is_some(),
             "the problem stays"
         );
         stats.count(Transport::Udp, Direction::Answer, Outcome::Delivered);
-        assert_eq!(answers.problem(&stats, (0, 0)), None);
+        assert_eq!(responses.problem(&stats, (0, 0)), None);
 
-        answers.since = long_ago;
-        assert!(answers.problem(&stats, (QUESTIONS, 0)).is_some());
-        assert_eq!(answers.problem(&stats, (QUESTIONS, 1)), None);
+        responses.since = long_ago;
+        assert!(responses.problem(&stats, (QUESTIONS, 0)).is_some());
+        assert_eq!(responses.problem(&stats, (QUESTIONS, 1)), None);
     }
 }

@@ -24,7 +24,7 @@ fn a_denial_of_connections_spares_answers_and_no_other_denial_does() {
     };
     for denying in [ADMIN_DENY, BASE_DENY, ADMIN_DENY.or(BASE_DENY)] {
         assert_eq!(verdict(judge_answer, denying), Verdict::Pass);
-        // What the pod opens, or has opened before it was enforced, is denied.
+        // Connections that the pod opens, or opened before it was enforced, are denied.
         assert_ne!(verdict(judge, denying), Verdict::Pass);
         assert_ne!(verdict(judge_kept, denying), Verdict::Pass);
     }
@@ -35,7 +35,7 @@ fn a_denial_of_connections_spares_answers_and_no_other_denial_does() {
 }
 
 #[test]
-fn an_exception_that_opens_nothing_lets_no_answer_pass() {
+fn an_exception_that_opens_nothing_lets_no_reply_pass() {
     let policy = tiers();
     let denied = Verdict::Deny {
         reason: Reason::DenyRule,

@@ -1,3 +1,0 @@
-//! When events may start a reconcile before its second has passed.
-
-pub(in crate::control) mod pace;
