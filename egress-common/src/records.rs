@@ -1,5 +1,6 @@
 //! The records in the BPF maps. All are `repr(C)` with explicit padding and no `bool`: the kernel compares
-//! keys byte by byte, and the verifier rejects uninitialised padding. [`crate::ids`] says how they have ids.
+//! keys byte by byte, and the verifier rejects uninitialised padding. Ids are
+//! plain numbers in them ([`crate::ids`]).
 
 mod dns;
 mod flows;

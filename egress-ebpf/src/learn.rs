@@ -45,7 +45,7 @@ extern "C" fn learn_response(
     interface: *const Interface,
     packet: *const Packet,
 ) -> u32 {
-    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
+    // SAFETY: each pointer is null or points to the caller's memory; the verifier has checked this.
     let (Some(interface), Some(packet)) = (unsafe { (interface.as_ref(), packet.as_ref()) }) else {
         return 0;
     };
@@ -105,13 +105,13 @@ fn learn(skb: &Skb<'_>, interface: &Interface, packet: &Packet, message: &mut Me
     message::is_current(skb, interface) && pending.remove(&message.key).is_ok()
 }
 
-/// Makes sure of one address of the response. Returns 1 if the pod's maps have it for the decision's classes.
+/// Learns one address of the response. Returns 1 if the pod's maps have it with the decision's classes.
 ///
 /// A global function ([`crate`]).
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn learn_address(interface: *const Interface, index: u32, now_ns: u64) -> u32 {
-    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointer.
+    // SAFETY: the pointer is null or points to the caller's memory; the verifier has checked this.
     let Some(interface) = (unsafe { interface.as_ref() }) else {
         return 0;
     };
@@ -172,7 +172,7 @@ fn may_be_learned(interface: &Interface, message: &Message) -> bool {
     })
 }
 
-/// Writes the entry of an address, and tells the agent of what it does not know.
+/// Writes the entry of an address, and notes for the agent what is new.
 #[inline(always)]
 fn write(interface: &Interface, message: &mut Message, learned: &Learned) -> bool {
     let expires_ns = message.entry.expires_ns;

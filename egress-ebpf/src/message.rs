@@ -126,7 +126,7 @@ macro_rules! global {
             #[unsafe(no_mangle)]
             #[inline(never)]
             extern "C" fn $name(message: *mut Message, $($argument: u32),*) -> u32 {
-                // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointer.
+                // SAFETY: the pointer is null or points to the caller's memory; the verifier has checked this.
                 match unsafe { message.as_mut() } {
                     Some(message) => $function(message, $($argument),*),
                     None => 0,

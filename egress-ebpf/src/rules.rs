@@ -45,7 +45,7 @@ pub extern "C" fn judge_by_rules(
     rules: u32,
     now_ns: u64,
 ) -> u32 {
-    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
+    // SAFETY: each pointer is null or points to the caller's memory; the verifier has checked this.
     let (Some(policy), Some(packet)) = (unsafe { (policy.as_ref(), packet.as_ref()) }) else {
         return denied(Reason::NoPolicy, NO_CLASS);
     };
@@ -74,7 +74,7 @@ extern "C" fn decide(
     port: u32,
     rules: u32,
 ) -> u32 {
-    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
+    // SAFETY: each pointer is null or points to the caller's memory; the verifier has checked this.
     let (Some(policy), Some(destination)) = (unsafe { (policy.as_ref(), destination.as_ref()) })
     else {
         return denied(Reason::NoPolicy, NO_CLASS);
@@ -112,7 +112,7 @@ extern "C" fn look_up(
     now_ns: u64,
     destination: *mut Destination,
 ) -> u32 {
-    // SAFETY: the caller's own, or null, says the verifier, which has checked the caller's pointers.
+    // SAFETY: each pointer is null or points to the caller's memory; the verifier has checked this.
     let pointers = unsafe { (policy.as_ref(), packet.as_ref(), destination.as_mut()) };
     let (Some(policy), Some(packet), Some(destination)) = pointers else {
         return 0;

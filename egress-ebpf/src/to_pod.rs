@@ -174,8 +174,8 @@ fn note_flow(skb: &Skb<'_>, interface: &Interface, packet: &Packet) -> bool {
     let mut known = flows::find(skb, interface.pod(), &key, now_ns, true);
     let seen = flows::seen(packet.bit, packet.tcp_flags, false);
     let accepts = packet.accepts_tcp();
-    // Otherwise the pod has opened the connection. If its flow was evicted, the pod has called the other side. That does
-    // not excuse a flow that the other side has opened: the pod's SYN would have replaced it.
+    // A SYN-ACK answers a SYN of the pod: there is a flow that the pod opened or, if that was evicted, an entry in `called`.
+    // An entry does not count beside a flow that the other side opened: the pod's SYN would have replaced that flow.
     let is_unsolicited = !matches!(known.state(), FLOW_OUT | FLOW_CUT)
         && (accepts || known.is_accepted())
         && skb
