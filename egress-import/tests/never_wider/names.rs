@@ -206,7 +206,7 @@ proptest! {
     fn a_text_that_is_no_name_opens_no_address_and_no_set(
         listed in prop_oneof![
             addresses().prop_map(|addresses| addresses[0].to_string()),
-            block().prop_map(|block| block.text()),
+            block().prop_map(Block::text),
             Just("@partners".to_owned()),
             Just("a.c:1-65535".to_owned()),
             Just("a.c/any".to_owned()),

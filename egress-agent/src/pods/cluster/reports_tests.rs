@@ -91,7 +91,7 @@ fn report(pods: u32) -> NodeReport {
 
 /// Publishes another report all the time, and returns when each write was made.
 async fn write_changes(nodes: usize, during: Duration) -> Vec<Instant> {
-    let (server, sink, writer) = start();
+    let (server, sink, task) = start();
     sink.note_nodes(nodes);
     let mut number = 0;
     let end = Instant::now() + during;
@@ -101,7 +101,7 @@ async fn write_changes(nodes: usize, during: Duration) -> Vec<Instant> {
         sleep(OFTEN).await;
     }
     drop(sink);
-    writer.await.unwrap();
+    task.await.unwrap();
     let writes = server.writes();
     // Each write has the content of its time.
     assert!(
