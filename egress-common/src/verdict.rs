@@ -331,7 +331,7 @@ fn judge_denials(
         };
     }
     // Otherwise a sender that forges an address and uses a tunnel's port would open a tunnel to that address.
-    let by_address = destination.cidr.without(policy.not_allowing());
+    let by_address = address_entries(policy, destination).without(policy.not_allowing());
     if destination.is_tunnel() && !by_address.meets(matching) {
         return Verdict::deny(Reason::Tunnel);
     }

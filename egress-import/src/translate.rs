@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use egress_api::Action;
-use egress_policy::{Prefix, check_entry, prefix::to_mapped};
+use egress_policy::{Prefix, check_entry, name_pattern, prefix::to_mapped};
 
 use crate::{
-    names::{self, Verb, Wildcards},
+    names::{self, Translated, Verb, Wildcards},
     object::{ClusterRule, Entries, Line},
     remark::Remark,
     rule::{Peer, Ports, Protocol, Rule},
@@ -280,7 +280,18 @@ impl Work {
     }
 
     fn name(&mut self, text: &str, wildcards: Wildcards, ports: &[(Protocol, Option<(u16, u16)>)]) {
-        let translated = names::translate(text, wildcards, self.verb, self.translator.deep);
+        let mut translated = names::translate(text, wildcards, self.verb, self.translator.deep);
+        // An entry may be more than a name, such as an address, and the original is not.
+        let error = |name: &String| match name.as_str() {
+            "*" => None,
+            name => name_pattern(name).err(),
+        };
+        if let Some(error) = translated.names.iter().find_map(error) {
+            translated = Translated {
+                left_out: Some(format!("`{text}` is no name: {error}")),
+                ..Translated::default()
+            };
+        }
         if let Some(note) = translated.note {
             self.remark(Remark::note(note));
         }

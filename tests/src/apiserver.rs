@@ -413,7 +413,9 @@ impl ApiServer {
             ("authorization-mode", "RBAC".into()),
             // Pods in these tests need no service account.
             ("disable-admission-plugins", "ServiceAccount".into()),
-            ("service-cluster-ip-range", "10.96.0.0/16".into()),
+            ("service-cluster-ip-range", "10.96.0.0/16,fd96::/112".into()),
+            // A beta feature of the next release, and always there in current ones.
+            ("feature-gates", "IPv6DualStack=true".into()),
             (
                 "service-account-issuer",
                 "https://kubernetes.default.svc".into(),

@@ -5,15 +5,16 @@
 //! objects that it lists. A `ServiceEntry` that no `Sidecar` lists becomes an `EgressSet`, which opens nothing by
 //! itself.
 
+mod sidecars;
+
 use egress_api::Action;
 
-use super::{Numbered, document, namespace, policy, translator};
+use super::{Numbered, document, namespace, translator};
 use crate::{
     Options,
-    fields::Fields,
     manifest::Manifest,
     names::Wildcards,
-    object::{Document, Entries, Object, Policy, Spec, labels},
+    object::{Document, Object, Spec},
     remark::{Remark, add},
     rule::{Peer, Ports, Protocol, Rule},
 };
@@ -51,14 +52,7 @@ pub(super) fn import(manifests: &[Numbered<'_>], options: &Options) -> Vec<(usiz
         }
     }
     let mut used = Vec::new();
-    for (i, manifest) in manifests {
-        if manifest.kind == "Sidecar" {
-            let document = document(manifest, |document| {
-                sidecar(document, manifest, &services, &mut used, options)
-            });
-            documents.push((*i, document));
-        }
-    }
+    documents.extend(sidecars::import(manifests, &services, &mut used, options));
     for (i, manifest) in entries {
         let mut document = super::start(manifest);
         for service in services.iter().filter(|service| service.index == i) {
@@ -135,7 +129,7 @@ impl Service {
         let hosts: Vec<&String> = self
             .hosts
             .iter()
-            .filter(|host| selects(selected, host))
+            .filter(|host| sidecars::selects(selected, host))
             .collect();
         if hosts.is_empty() {
             return None;
@@ -164,142 +158,6 @@ impl Service {
         }
         Some(rule)
     }
-}
-
-/// Whether a host of a `Sidecar`, without its namespace, selects a host of a `ServiceEntry`.
-fn selects(selected: &str, host: &str) -> bool {
-    let (selected, host) = (selected.to_lowercase(), host.to_lowercase());
-    if selected == "*" || selected == host {
-        return true;
-    }
-    // `*.example.com` also selects `*.a.example.com`.
-    selected.strip_prefix('*').is_some_and(|end| {
-        let bare = host.strip_prefix('*').unwrap_or(&host);
-        bare.len() > end.len() && bare.ends_with(end)
-    })
-}
-
-fn sidecar(
-    document: &mut Document,
-    manifest: &Manifest,
-    services: &[Service],
-    used: &mut Vec<usize>,
-    options: &Options,
-) -> Result<(), String> {
-    let spec = manifest.spec()?;
-    let namespace = namespace(manifest, options);
-    if spec.has("ingress") {
-        document.remarks.push(Remark::note(
-            "the part about ingress stays with the original",
-        ));
-    }
-    let mode = spec.mapping("outboundTrafficPolicy")?.text("mode")?;
-    match mode.as_deref() {
-        Some("REGISTRY_ONLY") => {}
-        Some("ALLOW_ANY") => {
-            document.remarks.push(Remark::note(
-                "outboundTrafficPolicy is ALLOW_ANY, so the original closes nothing; nothing to import",
-            ));
-            return Ok(());
-        }
-        Some(other) => return Err(format!("spec.outboundTrafficPolicy.mode is `{other}`")),
-        None => document.remarks.push(Remark::note(
-            "it has no outboundTrafficPolicy, so the mesh's setting counts there; here the pods are closed, as with \
-             REGISTRY_ONLY",
-        )),
-    }
-    let selector = spec.mapping("workloadSelector")?;
-    let others = selector.others(&["labels"]);
-    if !others.is_empty() {
-        return Err(format!(
-            "spec.workloadSelector has unknown fields: {}",
-            others.join(", ")
-        ));
-    }
-    let mut allow = Entries::default();
-    if !spec.has("egress") {
-        allow.remark(Remark::left_out(
-            "it lists no hosts, so the hosts of the mesh's own Sidecar count there; here nothing is allowed",
-        ));
-    }
-    for listener in spec.mappings("egress")? {
-        add_listener(
-            &mut allow,
-            &listener,
-            namespace.as_deref(),
-            services,
-            used,
-            options,
-        )?;
-    }
-    let spec = Policy {
-        pods: labels(selector.text_map("labels")?),
-        allow: Some(allow),
-        deny: None,
-    };
-    let mut object = policy(&manifest.name, namespace, spec);
-    object.remarks.push(Remark::note(
-        "Istio reads host names in requests (Host, SNI) and does not guard other traffic; here the addresses behind \
-         the names are allowed, on the ports of the ServiceEntry objects among the files",
-    ));
-    document.objects.push(object);
-    Ok(())
-}
-
-fn add_listener(
-    allow: &mut Entries,
-    listener: &Fields<'_>,
-    namespace: Option<&str>,
-    services: &[Service],
-    used: &mut Vec<usize>,
-    options: &Options,
-) -> Result<(), String> {
-    let mut conditions = Vec::new();
-    if listener.has("port") {
-        conditions.push(format!("{} is for one port only", listener.place()));
-    }
-    for other in listener.others(&["port", "bind", "captureMode", "hosts"]) {
-        conditions.push(format!(
-            "{} has the unknown field `{other}`",
-            listener.place()
-        ));
-    }
-    for host in listener.texts("hosts")? {
-        let (from, name) = host.split_once('/').ok_or_else(|| {
-            format!(
-                "{}.hosts has `{host}`, without a namespace",
-                listener.place()
-            )
-        })?;
-        let mut is_found = false;
-        for service in services {
-            let is_from = match from {
-                "*" => true,
-                "." => service.namespace.as_deref() == namespace,
-                "~" => false,
-                other => service.namespace.as_deref() == Some(other),
-            };
-            if !is_from || !service.is_visible_in(namespace) {
-                continue;
-            }
-            let Some(mut rule) = service.rule(name) else {
-                continue;
-            };
-            is_found = true;
-            used.push(service.index);
-            rule.conditions.extend(conditions.iter().cloned());
-            allow.extend(translator(options).entries(&rule).0);
-        }
-        if !is_found && from != "~" {
-            let remark = if name == "*" || name.ends_with(".cluster.local") {
-                Remark::note(format!("{host}: Services of the cluster need no entry"))
-            } else {
-                Remark::left_out(format!("{host}: no ServiceEntry among the files has it"))
-            };
-            allow.remark(remark);
-        }
-    }
-    Ok(())
 }
 
 fn write_set(document: &mut Document, service: &Service, options: &Options) {
@@ -353,25 +211,4 @@ fn write_set(document: &mut Document, service: &Service, options: &Options) {
         ports.join(", ")
     )));
     document.objects.push(object);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_sidecar_selects_hosts_by_name_or_suffix() {
-        for (selected, host, expected) in [
-            ("*", "a.example.com", true),
-            ("a.example.com", "a.example.com", true),
-            ("*.example.com", "a.b.example.com", true),
-            ("*.example.com", "*.b.example.com", true),
-            ("*.example.com", "*.example.com", true),
-            ("*.example.com", "example.com", false),
-            ("a.example.com", "*.example.com", false),
-            ("*.example.com", "badexample.com", false),
-        ] {
-            assert_eq!(selects(selected, host), expected, "{selected} {host}");
-        }
-    }
 }

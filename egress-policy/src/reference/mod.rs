@@ -5,6 +5,7 @@ mod ordered;
 mod plain;
 mod properties;
 mod random;
+mod teams;
 
 use std::sync::Arc;
 

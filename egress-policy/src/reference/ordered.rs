@@ -6,13 +6,14 @@ use egress_common::{protocol::bits, reason::Reason, verdict::Verdict};
 use proptest::prelude::*;
 
 use super::{
-    plain::{Line, Packet, Where, Written, to_name},
+    plain::{Line, Packet, Where, to_name},
     properties::{compiled_answer, compiled_verdict},
-    random::{denied_line, line, packet, queried, written},
+    random::{denied_line, line, packet, packets_of, queried, teams, written},
     settings,
+    teams::{Granted, Stance, Teams},
 };
 use crate::{
-    Annotations, Inputs, Mode, Objects, QuestionRule, Settings, compile,
+    Annotations, Inputs, Mode, Objects, PodAnnotations, QuestionRule, Settings, compile,
     objects::{ObjectKind, ObjectName, Tier, TierAction, TierPolicy, TierRule},
     prefix::to_mapped,
     unidentified,
@@ -28,7 +29,7 @@ struct Ordered {
     rules: Vec<(TierAction, Vec<Line>)>,
 }
 
-fn objects(policies: &[Ordered]) -> Objects {
+fn objects(policies: &[Ordered], teams: &Teams) -> Objects {
     let policy = |policy: &Ordered| {
         let rule = |(index, (action, lines)): (usize, &(TierAction, Vec<Line>))| TierRule {
             name: None,
@@ -48,7 +49,7 @@ fn objects(policies: &[Ordered]) -> Objects {
         })
     };
     Objects {
-        namespace: Vec::new(),
+        namespace: teams.objects(),
         tiers: policies.iter().map(policy).collect(),
         sets: Arc::new(BTreeMap::new()),
     }
@@ -57,13 +58,13 @@ fn objects(policies: &[Ordered]) -> Objects {
 /// All that concerns a pod.
 struct World<'a> {
     policies: &'a [Ordered],
-    teams: Vec<&'a Written>,
+    allow: Vec<Granted<'a>>,
+    deny: Vec<&'a Line>,
+    resolve: Vec<Granted<'a>>,
     /// Whether packets that no rule matches pass.
     open: bool,
     /// Whether the teams' lists close the pod.
     selected: bool,
-    /// Whether the teams' lists count.
-    counts: bool,
     settings: &'a Settings,
 }
 
@@ -76,34 +77,33 @@ enum Fate {
 }
 
 impl<'a> World<'a> {
-    fn new(
-        pod: &'a Written,
-        namespace: &'a Written,
-        policies: &'a [Ordered],
-        settings: &'a Settings,
-    ) -> Self {
-        let mode = pod.mode.or(namespace.mode);
-        let allows = pod.allow.is_some() || namespace.allow.is_some();
-        let denies = pod.deny.is_some() || namespace.deny.is_some();
-        let counts = mode != Some("audit");
-        let spoken = allows || denies || mode.is_some();
-        let deny_only = denies && !allows;
-        Self {
+    fn new(teams: &'a Teams, policies: &'a [Ordered], settings: &'a Settings) -> Self {
+        let Stance {
+            is_spoken,
+            mode,
+            open,
+        } = teams.stance(settings);
+        // Under ordered rules, lists of a looser mode do not count.
+        let counts = !is_spoken || policies.is_empty() || mode == Mode::Enforce;
+        let mut world = Self {
             policies,
-            teams: vec![pod, namespace],
-            open: !counts
-                || (spoken && deny_only)
-                || (!spoken && settings.default_mode == Mode::Off),
-            selected: counts && spoken && !deny_only,
-            counts,
+            allow: Vec::new(),
+            deny: Vec::new(),
+            resolve: Vec::new(),
+            open: match (counts, is_spoken) {
+                (false, _) => true,
+                (true, true) => open,
+                (true, false) => settings.default_mode == Mode::Off,
+            },
+            selected: counts && is_spoken && !open,
             settings,
+        };
+        if counts {
+            world.allow = teams.grants(settings);
+            world.deny = teams.denials();
+            world.resolve = teams.resolved(settings);
         }
-    }
-
-    fn list(&self, list: fn(&Written) -> &Option<Vec<Line>>) -> impl Iterator<Item = &'a Line> {
-        let teams = self.teams.iter().filter(|_| self.counts);
-        let lists: Vec<_> = teams.filter_map(|team| list(team).as_ref()).collect();
-        lists.into_iter().flatten()
+        world
     }
 
     /// The rules of a tier, in order: by priority; of one priority first the denials with which a policy begins; then
@@ -130,17 +130,13 @@ impl<'a> World<'a> {
         } else {
             matches!(line.to, Where::Net(net, 0) if net.is_ipv4() == packet.to.is_ipv4())
         };
-        let by_address = packet.protected || (packet.tunnel && packet.internal);
-        let dns = (packet.port == 53 || packet.port == 853)
-            && packet.protocol & (bits::TCP | bits::UDP) != 0;
-        let elsewhere = allows && dns && self.speaks_of_names();
         let reaches = in_net
-            || (line.is_anywhere() && !(allows && by_address) && !elsewhere)
+            || (line.is_anywhere() && self.anywhere(packet, allows))
             || packet.through.as_ref().is_some_and(|name| {
                 line.names(name)
                     && !packet.expired
-                    && !by_address
-                    && !elsewhere
+                    && !Self::by_address(packet)
+                    && !(allows && self.is_elsewhere(packet))
                     && (self.settings.allow_internal || !packet.internal)
             });
         let bare = if allows {
@@ -149,6 +145,37 @@ impl<'a> World<'a> {
             bits::ALL
         };
         reaches && line.matches_packet(packet, bare)
+    }
+
+    /// Whether an entry that a team may allow matches.
+    fn granted(&self, granted: &Granted<'_>, packet: &Packet, address: bool) -> bool {
+        let Some(line) = granted.of(packet, self.settings) else {
+            return false;
+        };
+        let opens_more = granted.is_under_any() && !self.anywhere(packet, true);
+        !opens_more && self.matches(line, packet, true, address)
+    }
+
+    /// Whether some packet has the ports and protocol of an entry.
+    fn opens_some(&self, granted: &Granted<'_>) -> bool {
+        Self::kinds(None).any(|packet| granted.of(&packet, self.settings).is_some())
+    }
+
+    /// Whether an entry that means every destination means that of the packet.
+    fn anywhere(&self, packet: &Packet, allows: bool) -> bool {
+        !(allows && (Self::by_address(packet) || self.is_elsewhere(packet)))
+    }
+
+    /// Whether only an entry with the address opens it.
+    fn by_address(packet: &Packet) -> bool {
+        packet.protected || (packet.tunnel && packet.internal)
+    }
+
+    /// Whether it may be a query to a server that is no resolver, of a pod whose names are restricted.
+    fn is_elsewhere(&self, packet: &Packet) -> bool {
+        let dns = (packet.port == 53 || packet.port == 853)
+            && packet.protocol & (bits::TCP | bits::UDP) != 0;
+        dns && self.speaks_of_names()
     }
 
     /// Whether an entry that denies matches a packet that answers. The denial of a name counts wherever the name
@@ -161,7 +188,7 @@ impl<'a> World<'a> {
 
     /// The decision of the rules; `None` if none decides.
     fn decided(&self, packet: &Packet, address: bool) -> Option<bool> {
-        self.decided_by(packet, |line, action| {
+        self.decided_by(packet, address, |line, action| {
             self.matches(line, packet, action == TierAction::Allow, address)
         })
     }
@@ -169,7 +196,7 @@ impl<'a> World<'a> {
     /// Whether the packet passes as the answer to a flow that the other side opened.
     fn answers(&self, packet: &Packet) -> bool {
         let packet = &self.learned(packet);
-        let decided = self.decided_by(packet, |line, action| match action {
+        let decided = self.decided_by(packet, true, |line, action| match action {
             TierAction::Deny => !self.spares_answers(line) && Self::denies_answer(line, packet),
             TierAction::Allow => self.matches(line, packet, true, true),
             TierAction::Pass => self.matches(line, packet, false, true),
@@ -188,8 +215,11 @@ impl<'a> World<'a> {
             .into_iter()
             .filter(|(action, _)| *action == TierAction::Allow)
             .flat_map(|(_, lines)| lines);
-        let mut allowing = ordered.chain(self.list(|team| &team.allow));
-        allowing.any(|line| {
+        let of_teams = self.allow.iter();
+        let of_teams = of_teams
+            .filter(|granted| !granted.is_under_any())
+            .filter_map(|granted| granted.of(packet, self.settings));
+        ordered.chain(of_teams).any(|line| {
             line.contains(packet.to)
                 && line.matches_packet(packet, bits::TCP | bits::UDP | bits::ICMP_ECHO)
         })
@@ -221,6 +251,7 @@ impl<'a> World<'a> {
     fn decided_by(
         &self,
         packet: &Packet,
+        address: bool,
         matches: impl Fn(&Line, TierAction) -> bool,
     ) -> Option<bool> {
         let first = |tier| {
@@ -234,16 +265,11 @@ impl<'a> World<'a> {
             Some(TierAction::Deny) => return Some(false),
             Some(TierAction::Pass) | None => {}
         }
-        if self
-            .list(|team| &team.deny)
-            .any(|line| matches(line, TierAction::Deny))
-        {
+        if self.deny.iter().any(|line| matches(line, TierAction::Deny)) {
             return Some(false);
         }
-        if self
-            .list(|team| &team.allow)
-            .any(|line| matches(line, TierAction::Allow))
-        {
+        let granted = |granted: &Granted<'_>| self.granted(granted, packet, address);
+        if self.allow.iter().any(granted) {
             return Some(true);
         }
         if !self.asks_last_tier(packet) {
@@ -263,12 +289,11 @@ impl<'a> World<'a> {
             Some(false) => return Fate::DeniedByRule,
             None => {}
         }
-        let by_address = packet.protected || (packet.tunnel && packet.internal);
         let dns = (packet.port == 53 || packet.port == 853)
             && packet.protocol & (bits::TCP | bits::UDP) != 0;
         let internal = packet.internal && self.settings.allow_internal && !dns;
-        let open = self.open && !(dns && self.speaks_of_names());
-        if !by_address && (internal || open) {
+        let open = self.open && !self.is_elsewhere(packet);
+        if !Self::by_address(packet) && (internal || open) {
             Fate::Passes
         } else {
             Fate::Denied
@@ -281,9 +306,8 @@ impl<'a> World<'a> {
             *action == TierAction::Deny
                 && lines.iter().any(|line| matches!(line.to, Where::Names(_)))
         });
-        let teams_deny = self
-            .list(|team| &team.deny)
-            .any(|line| matches!(line.to, Where::Names(_)));
+        let mut of_teams = self.deny.iter();
+        let teams_deny = of_teams.any(|line| matches!(line.to, Where::Names(_)));
         denies || teams_deny || self.unlisted() == QuestionRule::NotListed
     }
 
@@ -329,9 +353,20 @@ impl<'a> World<'a> {
     }
 
     fn unlisted(&self) -> QuestionRule {
-        let asks_any = self.list(|team| &team.resolve).any(Line::is_anywhere);
+        let mut resolve = self.resolve.iter();
+        let asks_any = resolve.any(|granted| granted.is_anywhere(self.settings));
         let may_ask = asks_any && !self.is_closed(None);
-        if !self.settings.guard || may_ask || self.opens(None) {
+        let opens = if self.policies.is_empty() {
+            // Without ordered rules only `*` opens names, and a prefix does not, whatever its length.
+            let mut allow = self.allow.iter();
+            let anywhere = self.open
+                || allow
+                    .any(|granted| granted.is_anywhere(self.settings) && self.opens_some(granted));
+            anywhere && !self.deny.iter().any(|line| line.is_everything())
+        } else {
+            self.opens(None)
+        };
+        if !self.settings.guard || may_ask || opens {
             QuestionRule::Allowed
         } else {
             QuestionRule::NotListed
@@ -341,14 +376,18 @@ impl<'a> World<'a> {
     fn question(&self, name: &Vec<Vec<u8>>) -> QuestionRule {
         let mut ordered = self.policies.iter().flat_map(|policy| &policy.rules);
         let named = |lines: &[Line]| lines.iter().any(|line| line.names(name));
+        let granted = |granted: &Granted<'_>| granted.names(name, self.settings);
+        let allowed = |one: &Granted<'_>| granted(one) && self.opens_some(one);
         let is_named = ordered.clone().any(|(_, lines)| named(lines))
-            || self.list(|team| &team.allow).any(|line| line.names(name))
-            || self.list(|team| &team.deny).any(|line| line.names(name));
+            || self.allow.iter().any(allowed)
+            || self.deny.iter().any(|line| line.names(name));
         let denied = ordered.any(|(action, lines)| *action == TierAction::Deny && named(lines))
-            || self.list(|team| &team.deny).any(|line| line.names(name));
+            || self.deny.iter().any(|line| line.names(name));
         let in_cluster = name.ends_with(&[b"cluster".to_vec(), b"local".to_vec()]);
-        let is_resolved = self.list(|team| &team.resolve).any(|line| line.names(name));
-        if is_named && self.opens(Some(name)) {
+        let is_resolved = self.resolve.iter().any(granted);
+        // Without ordered rules the lists alone say which names may be asked for.
+        let by_lists = self.policies.is_empty() && !denied;
+        if is_named && (by_lists || self.opens(Some(name))) {
             QuestionRule::Allowed
         } else if denied {
             QuestionRule::Denied
@@ -391,24 +430,34 @@ fn ordered() -> impl Strategy<Value = Vec<Ordered>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(ProptestConfig::with_cases(1000))]
 
     #[test]
     fn the_compiled_policy_judges_according_to_the_order_of_tiers(
-        pod in written(),
-        namespace in written(),
-        policies in ordered(),
-        packets in prop::collection::vec(packet(), 16),
+        (teams, packets) in teams().prop_flat_map(|teams| {
+            let packets = packets_of(&teams);
+            (Just(teams), packets)
+        }),
+        policies in prop_oneof![5 => ordered(), 1 => Just(Vec::new())],
         allow_internal: bool,
         guard in prop::bool::weighted(0.8),
         default_mode in prop_oneof![Just(Mode::Off), Just(Mode::Enforce)],
+        pod_annotations in prop_oneof![
+            2 => Just(PodAnnotations::Narrow),
+            2 => Just(PodAnnotations::Grant),
+            1 => Just(PodAnnotations::Ignore),
+        ],
     ) {
-        let settings = Settings { default_mode, guard, allow_internal, ..settings() };
-        let objects = objects(&policies);
-        let (of_pod, of_namespace) = (pod.annotations(), namespace.annotations());
+        let settings = Settings { default_mode, guard, allow_internal, pod_annotations, ..settings() };
+        // Nothing is enforced of a pod about which nothing is written.
+        if policies.is_empty() && !teams.stance(&settings).is_spoken {
+            return Ok(());
+        }
+        let objects = objects(&policies, &teams);
+        let (of_pod, of_namespace) = (teams.pod.annotations(), teams.namespace.annotations());
         let inputs = Inputs { pod: &of_pod, namespace: &of_namespace, objects: &objects };
         let compiled = compile(inputs, &settings).unwrap();
-        let world = World::new(&pod, &namespace, &policies, &settings);
+        let world = World::new(&teams, &policies, &settings);
         for packet in &packets {
             if let Some(name) = &packet.through {
                 let question = compiled.names.question(&to_name(name), false);
@@ -427,6 +476,10 @@ proptest! {
             prop_assert_eq!(answers, world.answers(packet), "{:?}", packet);
         }
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
     fn policies_with_alike_names_grant_the_same_to_the_addresses_of_every_name(
@@ -439,7 +492,7 @@ proptest! {
         let annotations = pod.annotations();
         let none = Annotations::default();
         let of = |policies: &[Ordered]| {
-            let objects = objects(policies);
+            let objects = objects(policies, &Teams::default());
             let inputs = Inputs { pod: &annotations, namespace: &none, objects: &objects };
             compile(inputs, &settings)
         };
@@ -497,10 +550,10 @@ proptest! {
         }
         let none = Annotations::default();
         let closing = Annotations { allow: Some(String::new()), ..Annotations::default() };
-        let known = objects(&known);
+        let known = objects(&known, &Teams::default());
         let inputs = Inputs { pod: &none, namespace: &closing, objects: &known };
         let known = compile(inputs, &settings).unwrap();
-        let unknown = unidentified(&objects(&unknown), &settings);
+        let unknown = unidentified(&objects(&unknown, &Teams::default()), &settings);
         for packet in packets.iter().map(|packet| Packet { through: None, ..packet.clone() }) {
             if compiled_verdict(&unknown, &packet) == Verdict::Pass {
                 prop_assert_eq!(compiled_verdict(&known, &packet), Verdict::Pass, "{:?}", packet);

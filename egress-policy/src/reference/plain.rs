@@ -25,6 +25,20 @@ pub(super) struct Line {
 }
 
 impl Line {
+    /// An entry without ports and protocol.
+    pub(super) fn to(to: Where) -> Self {
+        Self {
+            to,
+            ports: None,
+            protocol: None,
+        }
+    }
+
+    /// Its destination alone.
+    pub(super) fn bare(self) -> Self {
+        Self::to(self.to)
+    }
+
     pub(super) fn text(&self) -> String {
         let ports = match self.ports {
             None => String::new(),
@@ -91,6 +105,11 @@ impl Line {
             || through_nat64(address).is_some_and(|v4| self.names_address(v4))
     }
 
+    /// Whether it is a prefix that has all addresses of this one.
+    pub(super) fn holds(&self, network: IpAddr, length: u32) -> bool {
+        matches!(self.to, Where::Net(_, own) if own <= length) && self.names_address(network)
+    }
+
     fn names_address(&self, address: IpAddr) -> bool {
         match (&self.to, address) {
             (Where::Net(IpAddr::V4(net), len), IpAddr::V4(address)) => {
@@ -105,6 +124,13 @@ impl Line {
 
     pub(super) fn is_anywhere(&self) -> bool {
         matches!(self.to, Where::Anywhere)
+    }
+
+    /// Whether every packet matches it where it denies.
+    pub(super) fn is_everything(&self) -> bool {
+        self.is_anywhere()
+            && self.ports.is_none()
+            && self.protocol.is_none_or(|protocol| protocol == "any")
     }
 }
 
@@ -237,11 +263,7 @@ pub(super) fn plain_question(
     let listed = lines(|w| &w.allow)
         .chain(lines(|w| &w.resolve))
         .any(|line| line.names(name));
-    let nothing_reached = lines(|w| &w.deny).any(|line| {
-        line.is_anywhere()
-            && line.ports.is_none()
-            && line.protocol.is_none_or(|protocol| protocol == "any")
-    });
+    let nothing_reached = lines(|w| &w.deny).any(Line::is_everything);
     let allow = pod.allow.is_some() || namespace.allow.is_some();
     let deny = pod.deny.is_some() || namespace.deny.is_some();
     let anywhere = (deny && !allow) || lines(|w| &w.allow).any(Line::is_anywhere);

@@ -5,7 +5,10 @@ use std::net::IpAddr;
 use egress_common::protocol::bits;
 use proptest::prelude::*;
 
-use super::plain::{Line, Packet, Where, Written};
+use super::{
+    plain::{Line, Packet, Where, Written},
+    teams::Teams,
+};
 use crate::{Prefix, prefix::from_mapped};
 
 fn ports() -> impl Strategy<Value = Option<(u16, u16)>> {
@@ -94,27 +97,24 @@ pub(super) fn line() -> impl Strategy<Value = Line> {
 
 pub(super) fn denied_line() -> impl Strategy<Value = Line> {
     line().prop_map(|line| match line.to {
-        Where::Names(_) => Line {
-            ports: None,
-            protocol: None,
-            ..line
-        },
+        Where::Names(_) => line.bare(),
         _ => line,
     })
 }
 
 fn resolved_line() -> impl Strategy<Value = Line> {
     let to = prop_oneof![1 => Just(Where::Anywhere), 6 => names()];
-    to.prop_map(|to| Line {
-        to,
-        ports: None,
-        protocol: None,
-    })
+    to.prop_map(Line::to)
 }
 
 pub(super) fn written() -> impl Strategy<Value = Written> {
     let list = |line| prop::option::of(prop::collection::vec(line, 0..5));
-    let mode = prop_oneof![3 => Just(None), 1 => Just(Some("enforce")), 1 => Just(Some("audit"))];
+    let mode = prop_oneof![
+        6 => Just(None),
+        2 => Just(Some("enforce")),
+        1 => Just(Some("audit")),
+        1 => Just(Some("off")),
+    ];
     (
         list(line().boxed()),
         list(denied_line().boxed()),
@@ -127,6 +127,55 @@ pub(super) fn written() -> impl Strategy<Value = Written> {
             resolve,
             mode,
         })
+}
+
+/// Annotations of a pod and of its namespace, and up to three objects. Often the pod has an entry of its namespace, so
+/// that one covers the other.
+pub(super) fn teams() -> impl Strategy<Value = Teams> {
+    let policies = prop::collection::vec(written(), 0..4);
+    let shared = prop::collection::vec((any::<prop::sample::Index>(), any::<bool>()), 0..4);
+    let anywhere = prop::bool::weighted(0.3);
+    (written(), written(), policies, shared, anywhere).prop_map(
+        |(mut pod, mut namespace, policies, shared, anywhere)| {
+            if let (Some(allow), true) = (&mut namespace.allow, anywhere) {
+                allow.push(Line::to(Where::Anywhere));
+            }
+            let of_namespace = policies.iter().chain([&namespace]);
+            let lines: Vec<&Line> = of_namespace
+                .flat_map(|written| written.allow.iter().flatten())
+                .collect();
+            if let (Some(allow), false) = (&mut pod.allow, lines.is_empty()) {
+                for (index, with_ports) in shared {
+                    let line = (*index.get(&lines)).clone();
+                    allow.push(if with_ports { line } else { line.bare() });
+                }
+            }
+            Teams {
+                pod,
+                namespace,
+                policies,
+            }
+        },
+    )
+}
+
+/// Packets of which many go where an entry of the teams leads.
+pub(super) fn packets_of(teams: &Teams) -> impl Strategy<Value = Vec<Packet>> + use<> {
+    let lines: Vec<Line> = teams.all().cloned().collect();
+    let aimed = (packet(), any::<prop::sample::Index>()).prop_map(move |(mut packet, index)| {
+        if !lines.is_empty() {
+            match &index.get(&lines).to {
+                Where::Anywhere => {}
+                Where::Net(net, _) => packet.to = *net,
+                Where::Names(labels) => {
+                    let label = |label: &&str| label.replace('*', "1").into_bytes();
+                    packet.through = Some(labels.iter().map(label).collect());
+                }
+            }
+        }
+        packet
+    });
+    prop::collection::vec(prop_oneof![packet(), aimed], 16)
 }
 
 pub(super) fn queried() -> impl Strategy<Value = Vec<Vec<u8>>> {

@@ -4,7 +4,7 @@ use egress_common::{
     classes::ClassSet,
     protocol::bits,
     records::RANGE_INTERNAL,
-    verdict::{Destination, Verdict, judge},
+    verdict::{Destination, Verdict, judge, judge_answer},
 };
 
 use super::{annotations, compiled, is_open, name, question};
@@ -379,6 +379,19 @@ fn under_narrow_an_address_within_anywhere_opens_no_more_than_anywhere() {
         assert_ne!(verdict("*"), Verdict::Pass, "{port}");
         assert_eq!(verdict("* 203.0.113.0/24"), Verdict::Pass, "{port}");
     }
+    // Nor does it let the pod answer through a tunnel.
+    let answer = |namespace| {
+        let policy = policy(namespace);
+        let destination = Destination {
+            cidr: policy.cidrs[0].classes,
+            ranges: RANGE_INTERNAL,
+            tunnel: 1,
+            ..Destination::default()
+        };
+        judge_answer(&policy.record, &destination, bits::UDP, 4789)
+    };
+    assert_ne!(answer("*"), Verdict::Pass);
+    assert_eq!(answer("* 203.0.113.0/24"), Verdict::Pass);
 }
 
 #[test]

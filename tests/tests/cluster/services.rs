@@ -19,13 +19,14 @@ use crate::{conformance, policies::put};
 
 /// The cluster IPs of the tests' API server.
 const SERVICES: &str = "10.96.0.0/16";
+const SERVICES6: &str = "fd96::/112";
 /// The node's address.
 const NODE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 98, 0, 1));
 /// The reason of every denial here.
 const DENIED: &str = "deny_rule";
 
 fn lab() -> egress_tests::Builder {
-    let internal = json!([PODS, PODS6, SERVICES, format!("{NODE}/32")]);
+    let internal = json!([PODS, PODS6, SERVICES, SERVICES6, format!("{NODE}/32")]);
     Lab::builder().config("ranges", json!({ "internal": internal }))
 }
 
@@ -195,6 +196,57 @@ fn a_closed_pod_reaches_no_outside_host_through_a_service_with_endpoints_of_its_
         cluster.server.namespace(&shop, &wide);
     });
     is_denied(&cluster, &agent, cart.net(), (ip, 80));
+}
+
+#[test]
+fn a_service_with_an_address_of_ipv6_counts_as_its_endpoints() {
+    let cluster = cluster();
+    let _echo = serve(cluster.lab.outside(), 8443);
+    let [shop, bank] = ["shop", "bank"].map(|name| cluster.namespace(name, &Value::Null));
+    let service = |namespace: &str, name: &str| {
+        let spec = json!({ "ipFamilies": ["IPv6"], "ports": ports(&json!(80)) });
+        let (_, ip, _) = create(&cluster.server, namespace, name, &spec);
+        let ip = ip.expect("a cluster IP");
+        assert!(ip.is_ipv6(), "{ip}");
+        (ip, 80)
+    };
+    let to_partner = service(&shop, "partner");
+    endpoints(&cluster.server, &shop, "partner", &[outside6(9)], 8443);
+    translate(&cluster, to_partner, (outside6(9), 8443));
+    let web = cluster.run(&bank, "web", &Value::Null);
+    let _web_echo = serve(web.net().netns(), 8080);
+    let web_ip = IpAddr::V6(web.net().ipv6());
+    let to_web = service(&bank, "web");
+    endpoints(&cluster.server, &bank, "web", &[web_ip], 8080);
+    translate(&cluster, to_web, (web_ip, 8080));
+
+    // A closed pod reaches pods behind a Service, and no host outside.
+    let cart = cluster.run(&shop, "cart", &allow(""));
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    reaches(cart.net(), to_web);
+    is_denied(&cluster, &agent, cart.net(), to_partner);
+    let why = explained(&cluster, &cart, to_partner);
+    let endpoint = format!("[{}]:8443/tcp", outside6(9));
+    assert!(
+        why.contains(&endpoint) && why.contains(&format!("Service {shop}/partner")),
+        "{why}"
+    );
+    let (ip, _) = to_partner;
+    for entry in [format!("[{}]:8443", outside6(9)), format!("[{ip}]:80")] {
+        agent.applies_policy_after(cart.net(), || {
+            cluster.server.namespace(&shop, &allow(&entry));
+        });
+        reaches(cart.net(), to_partner);
+    }
+
+    // A rule about pods counts at the address of the Service in front of them.
+    agent.applies_policy_after(cart.net(), || {
+        let egress = json!([rule("Deny", &bank)]);
+        put(&cluster.server, &policy(&cluster, &shop, &egress));
+    });
+    is_denied(&cluster, &agent, cart.net(), to_web);
+    reaches(cart.net(), to_partner);
 }
 
 #[test]

@@ -3,10 +3,10 @@
 use std::net::IpAddr;
 
 use egress_tests::{
-    Agent, Builder, Lab, Pod, TcpEcho,
+    Agent, Builder, DEADLINE, Lab, Pod, SHORT, TcpEcho,
     addresses::server,
     dns::{RecordType, ResponseCode},
-    eventually, holds,
+    eventually, exchange, holds,
 };
 use serde_json::{Value, json};
 
@@ -82,6 +82,20 @@ impl Scene {
         assert_eq!(policy["name"], name, "{}", denial.text);
         assert_eq!(policy["entry"], denial.line["rule"], "{}", denial.text);
         policy.clone()
+    }
+
+    /// Asserts that `explain` allows a target because of this entry of this rule, in its text too.
+    #[track_caller]
+    fn allowed_by(&self, target: &str, rule: &str, entry: &str) {
+        let (code, explained) = self.lab.explain(&self.pod, target);
+        assert_eq!(code, 0, "{explained}");
+        assert_eq!(explained["decision"], "allowed", "{explained}");
+        let decides = &explained["entries"][0];
+        let expected = (&json!(rule), &json!(entry));
+        assert_eq!((&decides["of"], &decides["entry"]), expected, "{explained}");
+        let output = self.lab.ask(&["explain", "shop/cart", target]);
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(text.contains(rule), "{text}");
     }
 }
 
@@ -191,17 +205,8 @@ fn the_admin_tier_precedes_the_teams_lists_and_its_first_matching_rule_decides()
     let scene = Scene::new(&[("allow", "* evil.test")], &[guard]);
     let pod = &scene.pod;
     pod.talks_tcp((server(20), 443));
-    let (code, explained) = scene.lab.explain(pod, "203.0.113.20:443");
-    assert_eq!(code, 0, "{explained}");
-    let entry = &explained["entries"][0];
-    assert_eq!(
-        (&entry["of"], &entry["entry"]),
-        (
-            &json!("ClusterEgressPolicy guard, rule 1 `exception`"),
-            &json!("203.0.113.20:443")
-        ),
-        "{explained}"
-    );
+    let allowing = "ClusterEgressPolicy guard, rule 1 `exception`";
+    scene.allowed_by("203.0.113.20:443", allowing, "203.0.113.20:443");
     let policy = scene.denied_by((server(10), 443), "ClusterEgressPolicy", "guard");
     assert_eq!(policy["rule"], "range");
     assert_eq!(policy["entry"], "203.0.113.0/27");
@@ -259,6 +264,9 @@ fn the_baseline_tier_decides_for_pods_about_which_no_team_says_anything() {
     let scene = Scene::new(&[], &[base]);
     let pod = &scene.pod;
     pod.reaches_only_shop();
+    let allowing = "ClusterEgressPolicy base, rule 1";
+    scene.allowed_by("203.0.113.10:443", allowing, "shop.test:443");
+    scene.allowed_by("shop.test:443", allowing, "shop.test:443");
     let policy = scene.denied_by((server(99), 443), "ClusterEgressPolicy", "base");
     assert_eq!(policy["rule"], "2");
     let (_, denial) = scene.agent.denies_name(pod, "evil.test");
@@ -287,16 +295,8 @@ fn an_edit_of_the_admin_tier_cuts_open_connections() {
     scene.agent.applies_policy_after(&scene.pod, || {
         scene.lab.write_policy(&guard("203.0.113.10"));
     });
-    assert!(!egress_tests::exchange(
-        &mut cut,
-        b"after",
-        egress_tests::SHORT
-    ));
-    assert!(egress_tests::exchange(
-        &mut kept,
-        b"after",
-        egress_tests::DEADLINE
-    ));
+    assert!(!exchange(&mut cut, b"after", SHORT));
+    assert!(exchange(&mut kept, b"after", DEADLINE));
 }
 
 #[test]
@@ -331,27 +331,31 @@ fn a_cluster_network_policy_with_domain_names_is_enforced() {
     let pod = &scene.pod;
     assert_eq!(pod.lookup("shop.test"), [server(10)]);
     pod.talks_tcp((server(10), 443));
+    let allowing = "ClusterNetworkPolicy names, rule 1 `web`";
+    scene.allowed_by("203.0.113.10:443", allowing, "shop.test:443/tcp");
+    scene.allowed_by("shop.test:443", allowing, "shop.test:443/tcp");
     let policy = scene.denied_by((server(10), 25), "ClusterNetworkPolicy", "names");
     assert_eq!(policy["rule"], "else");
     scene.denied_by((server(99), 443), "ClusterNetworkPolicy", "names");
     // Networks include ICMP.
-    assert!(!pod.ping(server(99), egress_tests::SHORT));
+    assert!(!pod.ping(server(99), SHORT));
     // A name that nothing could open is not looked up.
     let (_, denial) = scene.agent.denies_name(pod, "evil.test");
     assert_eq!(denial.line["policy"]["name"], "names", "{}", denial.text);
 }
 
+fn partners(destinations: &Value) -> Value {
+    json!({
+        "apiVersion": GROUP,
+        "kind": "EgressSet",
+        "metadata": { "name": "partners" },
+        "spec": { "destinations": destinations },
+    })
+}
+
 #[test]
 fn entries_use_sets_and_follow_their_changes() {
-    let set = |destinations: &Value| {
-        json!({
-            "apiVersion": GROUP,
-            "kind": "EgressSet",
-            "metadata": { "name": "partners" },
-            "spec": { "destinations": destinations },
-        })
-    };
-    let first = set(&json!(["shop.test", "203.0.113.40/31"]));
+    let first = partners(&json!(["shop.test", "203.0.113.40/31"]));
     let scene = Scene::new(&[("allow", "@partners:443")], &[first]);
     let pod = &scene.pod;
     assert_eq!(pod.lookup("shop.test"), [server(10)]);
@@ -362,13 +366,52 @@ fn entries_use_sets_and_follow_their_changes() {
         .denies_tcp(pod, (server(41), 25), "port_not_allowed");
 
     scene.agent.applies_policy_after(pod, || {
-        scene.lab.write_policy(&set(&json!(["evil.test"])));
+        scene.lab.write_policy(&partners(&json!(["evil.test"])));
     });
     assert!(!pod.reaches(server(41)), "the set has it no more");
     assert_eq!(pod.lookup("evil.test"), [server(66)]);
     pod.talks_tcp((server(66), 443));
     let refused = pod.resolve("shop.test", RecordType::A);
     assert_eq!(refused.code, ResponseCode::NXDomain);
+}
+
+#[test]
+fn rules_of_the_platform_use_sets_and_follow_their_changes() {
+    let guard = cluster_policy(
+        "guard",
+        "Admin",
+        10,
+        &json!([
+            { "action": "Allow", "entries": ["@partners:443"] },
+            { "name": "rest", "action": "Deny", "entries": ["*"] },
+        ]),
+    );
+    let first = partners(&json!(["shop.test", "203.0.113.40/31"]));
+    let scene = Scene::new(&[("allow", "*")], &[first, guard]);
+    let pod = &scene.pod;
+    assert_eq!(pod.lookup("shop.test"), [server(10)]);
+    let mut to_shop = pod.talks_tcp((server(10), 443));
+    let mut to_prefix = pod.talks_tcp((server(40), 443));
+    scene.denied_by((server(42), 443), "ClusterEgressPolicy", "guard");
+
+    scene.agent.applies_policy_after(pod, || {
+        scene.lab.write_policy(&partners(&json!([
+            "evil.test",
+            "203.0.113.40",
+            "203.0.113.42"
+        ])));
+    });
+    // What the set has no more ends, and what it still has goes on.
+    assert!(!exchange(&mut to_shop, b"after", SHORT));
+    assert!(exchange(&mut to_prefix, b"after", DEADLINE));
+    for gone in [server(10), server(41)] {
+        let policy = scene.denied_by((gone, 443), "ClusterEgressPolicy", "guard");
+        assert_eq!(policy["rule"], "rest");
+    }
+    scene.agent.denies_name(pod, "shop.test");
+    pod.talks_tcp((server(42), 443));
+    assert_eq!(pod.lookup("evil.test"), [server(66)]);
+    pod.talks_tcp((server(66), 443));
 }
 
 #[test]

@@ -132,6 +132,21 @@ impl Connection {
         })
     }
 
+    /// A connection of this client.
+    #[cfg(test)]
+    pub(super) fn with(client: Client) -> Self {
+        Self {
+            source: Source::Pod,
+            timing: Timing::default(),
+            current: Mutex::new(Current {
+                generation: Generation(0),
+                client,
+                server: String::new(),
+                first_request: Arc::default(),
+            }),
+        }
+    }
+
     /// A client for requests that are not watches.
     pub(super) fn client(&self) -> (Generation, Client) {
         let current = self.current();

@@ -282,14 +282,5 @@ fn interval(nodes: u32) -> Duration {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn all_nodes_together_write_at_a_bounded_rate() {
-        assert_eq!(interval(0), EVERY);
-        assert_eq!(interval(500), EVERY);
-        assert_eq!(interval(5000), Duration::from_secs(50));
-        assert_eq!(interval(u32::MAX), PAUSE_MAX);
-    }
-}
+#[path = "reports_tests.rs"]
+mod tests;

@@ -1,14 +1,16 @@
-//! A plain evaluation of written objects, for one pod that all of them select.
+//! A plain evaluation of written objects for one pod.
 
 use std::net::Ipv4Addr;
 
-use egress_api::{Action, ClusterEgressPolicySpec, EgressPolicySpec, Tier};
+use egress_api::{Action, ClusterEgressPolicySpec, EgressPolicySpec, Labels, Selector, Tier};
 use egress_dns::Name;
 use egress_policy::{Prefix, name_pattern, prefix::to_mapped};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde::Deserialize;
 use serde_json::Value;
 
 /// A TCP packet.
+#[derive(Debug)]
 pub(crate) struct Packet {
     address: Option<Ipv4Addr>,
     name: Option<Name>,
@@ -74,10 +76,16 @@ impl Packet {
 #[derive(Deserialize)]
 struct Document {
     kind: String,
+    metadata: Metadata,
     spec: Value,
 }
 
-/// All written objects.
+#[derive(Deserialize)]
+struct Metadata {
+    namespace: Option<String>,
+}
+
+/// The written objects that select a pod.
 #[derive(Debug, Default)]
 pub(crate) struct Written {
     policies: Vec<EgressPolicySpec>,
@@ -85,16 +93,39 @@ pub(crate) struct Written {
 }
 
 impl Written {
+    /// All objects, whatever they select.
     pub(crate) fn read(yaml: &str) -> Self {
+        Self::read_if(yaml, |_, _| true)
+    }
+
+    /// The objects that select a pod with these labels.
+    pub(crate) fn of_pod(yaml: &str, namespace: &str, labels: &[(&str, &str)]) -> Self {
+        let labels: Labels = labels
+            .iter()
+            .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+            .collect();
+        Self::read_if(yaml, |of, pods| {
+            of.is_none_or(|of| of == namespace)
+                && Selector::read(pods).is_ok_and(|selector| selector.selects(&labels))
+        })
+    }
+
+    fn read_if(yaml: &str, selects: impl Fn(Option<&str>, &LabelSelector) -> bool) -> Self {
         let mut written = Self::default();
         for document in serde_saphyr::from_multiple::<Document>(yaml).unwrap() {
             match document.kind.as_str() {
-                "EgressPolicy" => written
-                    .policies
-                    .push(serde_json::from_value(document.spec).unwrap()),
+                "EgressPolicy" => {
+                    let policy: EgressPolicySpec = serde_json::from_value(document.spec).unwrap();
+                    let namespace = document.metadata.namespace.as_deref();
+                    if selects(namespace, &policy.pod_selector) {
+                        written.policies.push(policy);
+                    }
+                }
                 "ClusterEgressPolicy" => written
                     .clusters
                     .push(serde_json::from_value(document.spec).unwrap()),
+                // A set opens nothing by itself.
+                "EgressSet" => {}
                 other => panic!("kind {other}"),
             }
         }
@@ -126,6 +157,12 @@ impl Written {
             return false;
         }
         self.of_tier(Tier::Baseline, packet) != Some(Action::Deny)
+    }
+
+    /// The entries of all `EgressPolicy` objects.
+    pub(crate) fn entries(&self) -> Vec<String> {
+        let lists = self.policies.iter().flat_map(|policy| &policy.allow);
+        lists.flatten().cloned().collect()
     }
 
     fn of_tier(&self, tier: Tier, packet: &Packet) -> Option<Action> {

@@ -2,6 +2,9 @@
 //!
 //! A packet is TCP to an IPv4 address outside of the cluster, or to a name that was resolved.
 
+mod names;
+mod rule_files;
+mod sidecars;
 mod written;
 
 use std::{fmt::Write as _, net::Ipv4Addr};
