@@ -45,11 +45,12 @@ const BATCH: usize = 64;
 /// The greatest age of a message that was held before the gate read the ring: a stub resolver waits five
 /// seconds before it repeats a query.
 const STILL_WAITED_NS: u64 = 4_000_000_000;
-/// How long the gate works on the backlogs of pods over their shares before it reads the ring again.
+/// How long the gate works on the backlogs of pods over their shares, and again on the notes of the programs, before it
+/// reads the ring again.
 const SLICE_NS: u64 = 100_000;
 
 /// How long the gate works on changes of policies before it reads the ring again: a fifth of the time that a batch of
-/// messages takes.
+/// messages takes. As long it reads notes for somebody who asks for names.
 const CHANGES_NS: u64 = 500_000;
 
 pub(super) struct Runner {
@@ -127,7 +128,6 @@ impl Runner {
                 }
             }
             self.turns.begin();
-            self.take_notes(BATCH);
             let mut decided = 0;
             while decided < BATCH && self.take_next() {
                 decided += 1;
@@ -136,6 +136,7 @@ impl Runner {
             self.send();
             decided += self.continue_changes();
             decided += self.work_on_backlogs();
+            decided += self.take_notes_for(SLICE_NS);
             self.send();
             let now = Instant::now();
             if now >= next_tick {
@@ -361,7 +362,7 @@ impl Runner {
                 }
             }
             Command::Names { asked, answer } => {
-                self.take_notes(usize::MAX);
+                self.take_notes_for(CHANGES_NS);
                 let names = asked
                     .iter()
                     .map(|(pod, address)| {
@@ -374,7 +375,7 @@ impl Runner {
                 let _ = answer.send(names);
             }
             Command::Resolutions { pod, about, answer } => {
-                self.take_notes(usize::MAX);
+                self.take_notes_for(CHANGES_NS);
                 let pod = self.pods.get(&pod);
                 let _ = answer.send(pod.map(|pod| pod.resolutions(&about, RESOLUTIONS_MAX)));
             }

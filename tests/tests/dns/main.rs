@@ -6,6 +6,7 @@ mod autopath;
 mod clients;
 mod dnssec;
 mod elsewhere;
+mod floods_of_notes;
 mod fragments;
 mod guard;
 mod hostile_answers;

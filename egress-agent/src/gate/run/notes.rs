@@ -1,13 +1,20 @@
 //! The gate's side of what the programs learn: their notes, and the settings by which they learn.
 
 use anyhow::Result;
-use egress_common::{ids::PodId, records::DnsTimes};
+use egress_common::{
+    ids::PodId,
+    limits::LEARNED_RING_BYTES,
+    records::{DnsTimes, LearnedNote},
+};
 
 use super::{
     super::{judge::DecisionContext, tally::Tally},
     Runner,
 };
 use crate::datapath::{DnsTimesMap, NoteRing, boottime_ns};
+
+/// Most notes that the ring has room for.
+const NOTES_MAX: usize = LEARNED_RING_BYTES as usize / size_of::<LearnedNote>();
 
 /// The programs' notes and settings.
 pub(in super::super) struct Notes {
@@ -86,8 +93,14 @@ impl Notes {
 }
 
 impl Runner {
-    /// Learns from at most `most` notes.
-    pub(in super::super) fn take_notes(&mut self, most: usize) {
+    /// Learns from notes for about as long as this; returns from how many. Pods can write notes faster than the gate reads
+    /// them.
+    pub(in super::super) fn take_notes_for(&mut self, most_ns: u64) -> usize {
+        self.take_notes(NOTES_MAX, most_ns)
+    }
+
+    /// Learns from at most `most` notes, for about `most_ns`.
+    fn take_notes(&mut self, most: usize, most_ns: u64) -> usize {
         if self.notes.is_outdated(&self.shared.context)
             && let Err(error) = self.notes.configure(&mut self.shared.context)
         {
@@ -95,17 +108,22 @@ impl Runner {
         }
         // Until then, pods may be missing for which an earlier agent's programs have left notes.
         if self.reading_since_ns.is_none() {
-            return;
+            return 0;
         }
-        for _ in 0..most {
+        self.turns.begin();
+        let began_ns = self.turns.now_ns();
+        let mut taken = 0;
+        while taken < most && self.turns.now_ns().saturating_sub(began_ns) <= most_ns {
             let Some(note) = self.notes.ring.take() else {
-                return;
+                break;
             };
+            taken += 1;
             if let Some(pod) = self.pods.get_mut(&note.pod) {
                 pod.note_learned(&note, &self.shared.context);
                 pod.spend(&mut self.turns);
             }
         }
+        taken
     }
 
     /// Stops the programs from learning for a pod, and adds the addresses that they have learned to the table.
@@ -118,7 +136,8 @@ impl Runner {
             return Ok(());
         };
         pod.stop_learning(&mut self.interfaces)?;
-        self.take_notes(usize::MAX);
+        // Those that are there now. Other pods may write further ones all the time.
+        self.take_notes(NOTES_MAX, u64::MAX);
         Ok(())
     }
 
