@@ -288,6 +288,37 @@ fn external_addresses_and_node_ports_are_denied_and_never_opened() {
     assert!(!passes("198.51.100.7:80") && !passes("10.9.0.1:30080"));
 }
 
+/// Who writes a Service chooses its external addresses, also such as a pod's entries are about.
+#[test]
+fn an_entry_for_an_outside_host_does_not_open_a_service_that_takes_its_address() {
+    let settings = settings();
+    let mut taking = Service::clone(&web(&["203.0.113.66:80"]));
+    taking.external = vec!["198.51.100.7".parse().unwrap()];
+    let known = known(&[Arc::new(taking)]);
+    let passes = |list: &str| {
+        let policy = with(&compiled(Some(list), &[], &settings), &known, &settings);
+        verdict(&policy, "198.51.100.7:80", Transport::Tcp) == Verdict::Pass
+    };
+    assert!(!passes("198.51.100.7:80"));
+    assert!(!passes("198.51.100.0/24:80"));
+    assert!(passes("198.51.100.7:80 203.0.113.66:80"));
+    // A name that leads there.
+    let policy = with(
+        &compiled(Some("shop.test:80"), &[], &settings),
+        &known,
+        &settings,
+    );
+    let at = (Transport::Tcp, 80);
+    let cidrs = places::Trie::<egress_common::classes::ClassSet>::of_cidrs(&policy.cidrs);
+    let ip: IpAddr = "198.51.100.7".parse().unwrap();
+    let mut destination = places().destination(&policy.record, &cidrs, &to_mapped(ip), at);
+    destination.learned = policy.record.named;
+    assert_ne!(
+        verdict_on(&policy.record, &destination, bits::TCP, 80),
+        Verdict::Pass
+    );
+}
+
 #[test]
 fn a_tunnel_behind_another_port_is_denied() {
     let settings = settings();
