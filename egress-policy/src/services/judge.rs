@@ -236,7 +236,7 @@ impl<'a> Judge<'a> {
         for port in &service.ports {
             for ip in &service.external {
                 let endpoints = of_family(port, ip.is_ipv4());
-                let seen = self.seen_at(*ip, port);
+                let seen = self.seen_at_external(*ip, port);
                 if let Some(needed) = self.denial(&seen, port.transport, &endpoints) {
                     let to = vec![Prefix::host(*ip)];
                     let class = class_of(port.transport, port.port);
@@ -346,6 +346,19 @@ impl<'a> Judge<'a> {
             exact,
             is_internal: destination.ranges & RANGE_INTERNAL != 0,
             port: port.port,
+        }
+    }
+
+    /// The policy's classes for an external address of the Service. Who writes the Service chooses it: entries with the
+    /// address, and names that lead there, may be about the host outside that has it.
+    fn seen_at_external(&self, ip: IpAddr, port: &ServicePort) -> Seen {
+        let record = &self.policy.record;
+        let matching = record.ports.matching(port.transport.bit(), port.port);
+        let seen = self.seen_at(ip, port);
+        Seen {
+            wide: seen.wide.or(seen.exact).or(record.named.and(matching)),
+            exact: ClassSet::EMPTY,
+            ..seen
         }
     }
 
