@@ -33,6 +33,8 @@ const BUILT: &str = "target/kubernetes/definitions/server";
 const NAMED: &str = "DEFINITION_SERVER";
 /// The token of requests.
 const TOKEN: &str = "token-of-admin";
+/// The file with the kubeconfig.
+const KUBECONFIG: &str = "kubeconfig";
 /// The collection of definitions.
 pub const DEFINITIONS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
 
@@ -44,7 +46,7 @@ pub struct DefinitionServer {
     _etcd: Process,
     client: Client,
     runtime: Mutex<Runtime>,
-    _directory: TempDir,
+    directory: TempDir,
 }
 
 impl fmt::Debug for DefinitionServer {
@@ -159,6 +161,8 @@ impl DefinitionServer {
             "contexts": [{ "name": "x", "context": { "cluster": "c", "user": "u" } }],
             "current-context": "x",
         });
+        let text = kubeconfig.to_string();
+        fs::write(directory.path().join(KUBECONFIG), text).expect("write a kubeconfig");
         let runtime = Builder::new_current_thread().enable_all().build();
         let runtime = runtime.expect("a tokio runtime");
         let client = runtime.block_on(async {
@@ -172,7 +176,7 @@ impl DefinitionServer {
             _etcd: etcd,
             client,
             runtime: Mutex::new(runtime),
-            _directory: directory,
+            directory,
         };
         eventually("the server of definitions is ready", || {
             holds(
@@ -186,6 +190,12 @@ impl DefinitionServer {
             server.install(&definition);
         }
         server
+    }
+
+    /// A kubeconfig of an administrator.
+    #[must_use]
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.directory.path().join(KUBECONFIG)
     }
 
     /// Installs a definition, and waits until its objects are served.

@@ -9,6 +9,7 @@ mod definitions;
 mod policy;
 mod reports;
 mod served;
+mod written_reports;
 
 use std::{collections::BTreeMap, rc::Rc};
 

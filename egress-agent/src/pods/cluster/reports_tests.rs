@@ -177,6 +177,6 @@ async fn the_same_report_is_written_again_after_half_an_hour_to_an_hour() {
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
         .take();
-    sleep(RESYNC.end - RESYNC.start + EVERY * 2).await;
+    sleep(RESYNC.end.saturating_sub(RESYNC.start) + EVERY * 2).await;
     assert_eq!(server.written(), [7, 7]);
 }
