@@ -99,6 +99,29 @@ fn unbound_with(lab: &Lab, file: &str, server: &str, zones: &str) -> Command {
     command
 }
 
+/// A command for dnsmasq on the resolver's addresses. It knows no names yet.
+#[must_use]
+pub fn dnsmasq(lab: &Lab) -> Command {
+    let mut command = Command::new("/usr/sbin/dnsmasq");
+    command
+        .args([
+            "--keep-in-foreground",
+            "--conf-file=/dev/null",
+            "--no-resolv",
+            "--no-hosts",
+            "--user=root",
+            "--bind-interfaces",
+            "--log-facility=-",
+        ])
+        .arg(format!(
+            "--pid-file={}/dnsmasq.pid",
+            lab.directory().display()
+        ))
+        .arg(format!("--listen-address={RESOLVER}"))
+        .arg(format!("--listen-address={RESOLVER6}"));
+    command
+}
+
 /// A command for BIND on these addresses, with the zone `test` from this file in the laboratory's directory.
 #[must_use]
 pub fn named(lab: &Lab, addresses: &[IpAddr], zone_file: &str) -> Command {

@@ -114,8 +114,11 @@ fn queries() -> Vec<(String, RecordType)> {
     queries
 }
 
-/// The ways in which clients ask. Each changes a query that ends with an OPT record of 11 bytes.
-const WAYS: [(&str, fn(&mut Vec<u8>)); 5] = [
+/// Changes a query that ends with an OPT record of 11 bytes.
+type Change = fn(&mut Vec<u8>);
+
+/// The ways in which clients ask.
+const WAYS: [(&str, Change); 5] = [
     ("EDNS", |_| {}),
     ("no EDNS", |message| {
         message.truncate(message.len() - 11);
@@ -221,9 +224,9 @@ fn outcome(learn: &str, resolver: impl Fn(&Lab) -> Command) -> Outcome {
         let passed = lab
             .metrics()
             .get("egress_agent_dns_passed_total{direction=\"answer\"}");
-        let all = outcome.responses.len() as f64;
+        let all = u32::try_from(outcome.responses.len()).expect("some thousands");
         assert!(
-            passed > all / 3.0,
+            passed > f64::from(all) / 3.0,
             "the programs read {passed} of {all} responses"
         );
     }
@@ -271,9 +274,9 @@ fn check(resolver: impl Fn(&Lab) -> Command) {
         .flatten()
         .zip(kernel.lifetimes.iter().flatten())
     {
-        // The tests did not run at the same time, and a resolver counts lifetimes down.
+        // The two runs take different times, and a resolver counts lifetimes down. The zone has 40, 600 and 3000 seconds.
         assert!(
-            by_agent.1.abs_diff(*by_kernel.1) < 30,
+            by_agent.1.abs_diff(*by_kernel.1) < 200,
             "{by_agent:?} {by_kernel:?}"
         );
     }
@@ -281,24 +284,9 @@ fn check(resolver: impl Fn(&Lab) -> Command) {
 }
 
 fn dnsmasq(lab: &Lab) -> Command {
-    let mut command = Command::new("/usr/sbin/dnsmasq");
+    let mut command = resolvers::dnsmasq(lab);
     command
-        .args([
-            "--keep-in-foreground",
-            "--conf-file=/dev/null",
-            "--no-resolv",
-            "--no-hosts",
-            "--user=root",
-            "--bind-interfaces",
-            "--log-facility=-",
-            "--cache-size=0",
-        ])
-        .arg(format!(
-            "--pid-file={}/dnsmasq.pid",
-            lab.directory().display()
-        ))
-        .arg(format!("--listen-address={RESOLVER}"))
-        .arg(format!("--listen-address={RESOLVER6}"))
+        .arg("--cache-size=0")
         .arg(format!("--server=/test/{}", server(53)));
     command
 }

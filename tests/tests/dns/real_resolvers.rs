@@ -46,27 +46,10 @@ fn dnsmasq(lab: &Lab) -> Command {
     let hosts = lab.directory().join("hosts");
     let many = (0..MANY).map(|n| format!("{} many.test\n", numbered(n)));
     fs::write(&hosts, many.collect::<String>()).expect("write hosts");
-    let mut command = Command::new("/usr/sbin/dnsmasq");
+    let mut command = resolvers::dnsmasq(lab);
     command
-        .args([
-            "--keep-in-foreground",
-            "--conf-file=/dev/null",
-            "--no-resolv",
-            "--no-hosts",
-        ])
-        .args([
-            "--user=root",
-            "--bind-interfaces",
-            "--log-facility=-",
-            "--local=/test/",
-        ])
-        .arg(format!(
-            "--pid-file={}",
-            lab.directory().join("dnsmasq.pid").display()
-        ))
+        .arg("--local=/test/")
         .arg(format!("--addn-hosts={}", hosts.display()))
-        .arg(format!("--listen-address={RESOLVER}"))
-        .arg(format!("--listen-address={RESOLVER6}"))
         .arg(format!(
             "--host-record=shop.test,{},{}",
             server(10),
