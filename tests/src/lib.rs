@@ -68,4 +68,4 @@ pub use process::Running;
 pub use proxy::TcpProxy;
 pub use scenes::Shop;
 pub use servers::{TcpEcho, UdpEcho};
-pub use wait::{DEADLINE, SHORT, eventually, holds};
+pub use wait::{DEADLINE, SHORT, StopAtEnd, eventually, holds};

@@ -24,7 +24,7 @@ use egress_common::{
 };
 
 use crate::{
-    Lab, Pod,
+    Lab, Pod, StopAtEnd,
     addresses::{RESOLVER, RESOLVER6, server, server6},
     raw::Ip,
 };
@@ -65,15 +65,6 @@ pub struct Programs {
     policy: Policy,
     pod: Pod,
     lab: Lab,
-}
-
-/// Sets a flag when it is dropped, as when a test fails.
-struct OnDrop<'a>(&'a AtomicBool);
-
-impl Drop for OnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 /// The outcome of a run.
@@ -250,7 +241,7 @@ impl Programs {
                     }
                 }
             });
-            let _ends = OnDrop(&ends);
+            let _ends = StopAtEnd(&ends);
             self.flood(Hook::FromPod, [frame.to_vec()].into_iter(), times);
         });
     }

@@ -1,6 +1,7 @@
 //! Waits for events, with a deadline.
 
 use std::{
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -11,6 +12,16 @@ pub const DEADLINE: Duration = Duration::from_secs(30);
 /// The time for an attempt that is expected to fail. A value that is too short can only hide a fault, never
 /// report a false one; each test that relies on it also asserts the denial line.
 pub const SHORT: Duration = Duration::from_millis(400);
+
+/// Sets the flag when it is dropped, also when a test fails: a scope waits for its threads, and these for the flag.
+#[derive(Debug)]
+pub struct StopAtEnd<'a>(pub &'a AtomicBool);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
 
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 

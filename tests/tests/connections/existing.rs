@@ -11,7 +11,7 @@ use std::{
 };
 
 use egress_tests::{
-    Agent, ApiServer, Builder, Cluster, DEADLINE, Lab, Pod, SHORT, addresses::server,
+    Agent, ApiServer, Builder, Cluster, DEADLINE, Lab, Pod, SHORT, StopAtEnd, addresses::server,
     cluster::allow, echo_on, eventually, exchange, holds, rewritten::nft, workspace,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -205,15 +205,6 @@ fn an_outbound_connection_is_judged_even_if_the_pod_listens_on_its_port() {
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
     assert_reset(&mut opened);
-}
-
-/// Sets the flag at its end, also when a test fails: a scope waits for its threads.
-struct StopAtEnd<'a>(&'a AtomicBool);
-
-impl Drop for StopAtEnd<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 #[test]

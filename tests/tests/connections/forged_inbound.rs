@@ -14,7 +14,7 @@ use std::{
 };
 
 use egress_tests::{
-    Agent, Builder, DEADLINE, Lab, Pod, SHORT,
+    Agent, Builder, DEADLINE, Lab, Pod, SHORT, StopAtEnd,
     addresses::{server, server6},
     eventually,
     frames::{self, Tap},
@@ -106,6 +106,7 @@ fn assert_forging_during_attachment_opens_nothing(peer: IpAddr) {
     own.recv(&mut [0; 16]).expect("the node sends it back");
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
+        let forging = StopAtEnd(&stop);
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 for _ in 0..50 {
@@ -116,7 +117,7 @@ fn assert_forging_during_attachment_opens_nothing(peer: IpAddr) {
         });
         let agent = lab.start_agent(&[&cart]);
         let heard = hears(&victim, &own, peer);
-        stop.store(true, Ordering::Relaxed);
+        drop(forging);
         assert!(!heard, "the peer was reached");
         agent.wait_denial("a forged source", |denial| {
             denial.of(&cart) && denial.reason == "spoofed_source"

@@ -9,7 +9,7 @@ use std::{
 };
 
 use egress_tests::{
-    Lab, Pod,
+    Lab, Pod, StopAtEnd,
     addresses::RESOLVER,
     dns::{RecordType, ResponseCode, question},
 };
@@ -92,6 +92,7 @@ fn new_names_of_learned_addresses_do_not_keep_the_dns_of_others_waiting() {
     let agent = lab.start_agent(&[&pod, &neighbour]);
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
+        let flood_ends = StopAtEnd(&stop);
         for _ in 0..2 {
             scope.spawn(|| respond(&resolver, &stop));
         }
@@ -110,7 +111,7 @@ fn new_names_of_learned_addresses_do_not_keep_the_dns_of_others_waiting() {
             .map(|_| neighbour.try_resolve(RESOLVER, "other.test", RecordType::A, PATIENCE))
             .map_while(|answer| answer.map(|answer| answer.code))
             .collect();
-        stop.store(true, Ordering::Relaxed);
+        drop(flood_ends);
         assert_eq!(
             refused,
             [ResponseCode::NXDomain; 10],

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use egress_tests::{Agent, Lab, Pod, TcpEcho, addresses::server, eventually, holds};
+use egress_tests::{Agent, Lab, Pod, StopAtEnd, TcpEcho, addresses::server, eventually, holds};
 
 const NAMES: usize = 40;
 /// The addresses that a name has in turn, one a second.
@@ -46,7 +46,7 @@ impl Scene {
             let load = scope.spawn(|| self.load(&is_over));
             self.wait_lookups(200);
             let agent = {
-                let _over = SetOnDrop(&is_over);
+                let _over = StopAtEnd(&is_over);
                 let agent = agents();
                 if !load.is_finished() {
                     self.wait_lookups(500);
@@ -118,15 +118,6 @@ fn elsewhere() -> IpAddr {
 fn address_of(name: usize, second: u64) -> IpAddr {
     let host = 1 + name as u64 * ADDRESSES + second % ADDRESSES;
     server(u8::try_from(host).expect("at most 200"))
-}
-
-/// Sets a flag when it is dropped, as when a test fails.
-struct SetOnDrop<'a>(&'a AtomicBool);
-
-impl Drop for SetOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use egress_tests::{Lab, Pod, SHORT, addresses::server, eventually, holds};
+use egress_tests::{Lab, Pod, SHORT, StopAtEnd, addresses::server, eventually, holds};
 
 const MANY: u32 = 2500;
 /// An internal address outside, and the port of VXLAN.
@@ -68,6 +68,7 @@ fn ranges_that_do_not_fit_open_no_tunnel() {
     let socket = pod.udp_socket(TUNNEL);
     let (sent, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
     thread::scope(|scope| {
+        let sending = StopAtEnd(&stop);
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 let _ = socket.send(b"VXLAN");
@@ -80,7 +81,7 @@ fn ranges_that_do_not_fit_open_no_tunnel() {
         eventually("the program goes on sending", || {
             holds(sent.load(Ordering::Relaxed) >= from + 100)
         });
-        stop.store(true, Ordering::Relaxed);
+        drop(sending);
         assert_eq!(sink.datagrams_to(TUNNEL.into()), 0, "a tunnel was open");
         assert!(said.contains("has room for"), "{said}");
     });

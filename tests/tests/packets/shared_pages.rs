@@ -2,13 +2,13 @@
 
 use std::{
     net::{Ipv6Addr, SocketAddr, UdpSocket},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::AtomicBool,
     thread,
     time::Duration,
 };
 
 use egress_tests::{
-    Lab, Pod,
+    Lab, Pod, StopAtEnd,
     addresses::server6,
     raw::{IPV6, Ip},
     rewritten::with_rule,
@@ -65,6 +65,7 @@ fn a_port_in_a_shared_page_cannot_change_after_the_verdict() {
         format!("udp dport {WRITTEN_PORT} @nh,320,64 set 0x1100010400000000 @nh,48,8 set 60");
     with_rule(pod.netns(), "eth0", &rule, || {
         thread::scope(|scope| {
+            let _flipping = StopAtEnd(&stop);
             scope.spawn(|| page.flip(0, [&to_port[..8], &to_other[..8]], &stop));
             for _ in 0..DATAGRAMS {
                 page.send(to_port.len(), &socket).expect("send the page");
@@ -72,7 +73,6 @@ fn a_port_in_a_shared_page_cannot_change_after_the_verdict() {
                 on_allowed += arrived(&allowed);
                 on_denied += arrived(&denied);
             }
-            stop.store(true, Ordering::Relaxed);
         });
     });
     // After this last datagram, all earlier ones have arrived.
