@@ -133,11 +133,10 @@ impl<'a> World<'a> {
         let reaches = in_net
             || (line.is_anywhere() && self.anywhere(packet, allows))
             || packet.through.as_ref().is_some_and(|name| {
-                line.names(name)
-                    && !packet.expired
-                    && !Self::by_address(packet)
-                    && !(allows && self.is_elsewhere(packet))
-                    && (self.settings.allow_internal || !packet.internal)
+                let is_elsewhere = allows && self.is_elsewhere(packet);
+                let may_be_internal = self.settings.allow_internal || !packet.internal;
+                let is_by_name = !packet.expired && !Self::by_address(packet);
+                line.names(name) && is_by_name && may_be_internal && !is_elsewhere
             });
         let bare = if allows {
             bits::TCP | bits::UDP | bits::ICMP_ECHO
@@ -448,7 +447,7 @@ proptest! {
             1 => Just(PodAnnotations::Ignore),
         ],
     ) {
-        let settings = Settings { default_mode, guard, allow_internal, pod_annotations, ..settings() };
+        let settings = Settings { default_mode, pod_annotations, guard, allow_internal, ..settings() };
         // Nothing is enforced of a pod about which nothing is written.
         if policies.is_empty() && !teams.stance(&settings).is_spoken {
             return Ok(());
