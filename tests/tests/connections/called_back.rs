@@ -254,8 +254,8 @@ fn the_next_agent_judges_a_pod_that_an_agent_had_only_begun_to_enforce() {
         agent.kill();
         // As an agent leaves it that is killed in its first moments with the pod.
         lab.rewrite_shared("interfaces", |_, interface| {
-            let last = interface.len() - 4;
-            interface[last..].copy_from_slice(&flags.to_ne_bytes());
+            // After the pod, the policy and the mode.
+            interface[12..16].copy_from_slice(&flags.to_ne_bytes());
         });
         let mut connection = Connection::open(&lab, &cart, peer);
         let agent = lab.start_agent(&[&cart]);
