@@ -45,26 +45,33 @@ pub fn of_interface(ifindex: IfIndex) -> Found {
 /// The entry of an address in the allow map, unless it was replaced while the program read it.
 #[inline(always)]
 pub fn allowed(value: &AllowValue, address: &Address) -> Option<AllowEntry> {
-    let entry = AllowEntry {
-        classes: copy_classes(&value.classes),
-        internal_classes: copy_classes(&value.internal_classes),
-        expires_ns: copy(&value.expires_ns),
-    };
-    is_of(&value.addr, address).then_some(entry)
+    let classes = (&value.classes, &value.internal_classes);
+    of_address(classes, &value.expires_ns, &value.addr, address)
 }
 
 /// The same for an entry of the map `learned`.
 #[inline(always)]
 pub fn learned(value: &LearnedEntry, address: &Address) -> Option<AllowEntry> {
-    let entry = AllowEntry {
-        classes: copy_classes(&value.classes),
-        internal_classes: copy_classes(&value.internal_classes),
-        expires_ns: copy(&value.expires_ns),
-    };
-    is_of(&value.addr, address).then_some(entry)
+    let classes = (&value.classes, &value.internal_classes);
+    of_address(classes, &value.expires_ns, &value.addr, address)
 }
 
-/// Whether the key that an entry repeats is this address. It is read after the fields that are read before this.
+#[inline(always)]
+fn of_address(
+    (classes, internal_classes): (&ClassSet, &ClassSet),
+    expires_ns: &u64,
+    key: &Address,
+    address: &Address,
+) -> Option<AllowEntry> {
+    let entry = AllowEntry {
+        classes: copy_classes(classes),
+        internal_classes: copy_classes(internal_classes),
+        expires_ns: copy(expires_ns),
+    };
+    is_of(key, address).then_some(entry)
+}
+
+/// Whether the key that an entry repeats is this address. The compiler does not move this read before earlier ones.
 #[inline(always)]
 pub fn is_of(key: &Address, address: &Address) -> bool {
     compiler_fence(Ordering::SeqCst);
