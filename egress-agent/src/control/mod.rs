@@ -1,5 +1,5 @@
-//! The control loop: makes what is enforced equal to what should be. One side is pods and their annotations, the
-//! other the kernel and the gate.
+//! The control loop: enforces the policies of the node's pods. It reads pods, annotations and policy objects, and
+//! changes the kernel and the gate until they agree.
 //!
 //! Whatever happens (a manifest changes, an interface appears, a second passes) leads to the same
 //! [reconcile](reconcile::Reconciler::reconcile), which takes four steps:

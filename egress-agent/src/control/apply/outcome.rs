@@ -29,7 +29,7 @@ pub(in crate::control) struct Outcome {
 pub(in crate::control) struct Failure {
     uid: String,
     /// Why; `None` if its interface is gone, because a pod may end like this. If the pod has not ended, the next
-    /// reconcile reports what is missing.
+    /// reconcile reports that the interface is missing.
     pub(in crate::control) problem: Option<String>,
 }
 

@@ -1,7 +1,7 @@
 //! Step 1: reads the state of the source, the machine and the kernel.
 //!
-//! [`Observer::observe`] combines what the source says about pods, where they are on this machine, what their
-//! annotations mean, and what is enforced. The result, [`Observed`], is plain data: a plan made from it
+//! [`Observer::observe`] combines the source's pods, their places on this machine, the policies from their
+//! annotations and objects, and the state of the kernel. The result, [`Observed`], is plain data: a plan made from it
 //! ([`super::plan`]) needs no kernel, no gate and no clock.
 //!
 //! | file | what it reads |

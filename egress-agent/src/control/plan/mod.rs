@@ -128,7 +128,7 @@ pub(in crate::control) enum Before {
     NoteNow,
 }
 
-/// Plans what is to be done with these pods. `now` is the time.
+/// Plans the actions for these pods. `now` is the time.
 pub(in crate::control) fn plan(observed: &Observed<'_>, settings: &Settings, now: Instant) -> Plan {
     let mut plan = Plan::default();
     let targets = Targets::decide(observed, settings, &mut plan);

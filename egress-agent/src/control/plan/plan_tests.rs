@@ -184,7 +184,7 @@ fn everything_at_once_is_done_in_the_order_that_frees_and_protects_soonest() {
             "adopt adopted",
             "begin begun",
             "remove freed",
-            "remove what is left of 2",
+            "remove the leftovers of 2",
         ]
     );
 }
@@ -201,7 +201,7 @@ fn a_pod_that_is_made_anew_takes_its_interface_over_from_the_one_that_is_gone() 
             "retire cart",
             "prepare",
             "begin cart",
-            "remove what is left of 1, if [1] are taken over"
+            "remove the leftovers of 1, if [1] are taken over"
         ]
     );
     assert!(summary(&scene.plan()).is_empty());
@@ -220,7 +220,7 @@ fn quarantine_takes_over_the_interface_of_a_pod_that_is_gone() {
             "retire cart",
             "prepare",
             "begin veth1",
-            "remove what is left of 1, if [1] are taken over"
+            "remove the leftovers of 1, if [1] are taken over"
         ]
     );
     assert!(summary(&scene.plan()).is_empty());
@@ -246,7 +246,7 @@ fn an_interface_of_a_pod_that_is_gone_stays_judged_while_nobody_can_take_it_over
         [
             "prepare",
             "move cart to [1, 2]",
-            "remove what is left of 2, if [1] are taken over"
+            "remove the leftovers of 2, if [1] are taken over"
         ]
     );
 }
@@ -290,7 +290,7 @@ fn a_pod_is_enforced_on_those_of_its_interfaces_that_no_other_pod_has() {
             "retire zoo",
             "prepare",
             "move cart to [1, 2]",
-            "remove what is left of 2, if [2] are taken over"
+            "remove the leftovers of 2, if [2] are taken over"
         ]
     );
 }
@@ -391,7 +391,7 @@ fn what_an_earlier_agent_left_is_kept_while_the_source_cannot_be_read_in_full() 
     let of_directory = scene.plan();
     assert!(of_directory.other_problems.of(&subject("cart")).is_some());
     scene.incomplete = false;
-    assert_eq!(summary(&scene.plan()), ["remove what is left of 1"]);
+    assert_eq!(summary(&scene.plan()), ["remove the leftovers of 1"]);
 }
 
 #[test]

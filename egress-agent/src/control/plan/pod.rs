@@ -29,10 +29,10 @@ pub(super) enum Decision {
     Enforce(Arc<Wanted>, Option<String>),
     /// Do not enforce it, for now or for good; the text says why where somebody should know.
     Free(Option<String>),
-    /// Keep what is in force, because what should be in force cannot be found out; the text says why, where somebody
-    /// should know.
+    /// Keep the policy in force, because the wanted one cannot be determined; the text says why, where somebody should
+    /// know.
     Keep(Option<String>),
-    /// Keep what an earlier agent left in force, because what should be in force cannot be found out; the text says
+    /// Keep the policy that an earlier agent left in force, because the wanted one cannot be determined; the text says
     /// why.
     KeepLeft(String),
     /// Enforce nobody on its interfaces, because others are enforced there; the text says who. None of them is

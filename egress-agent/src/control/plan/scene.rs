@@ -414,10 +414,10 @@ pub(super) fn summary(plan: &Plan) -> Vec<String> {
             taken_over,
         } => format!("remove {}, if {taken_over:?} are taken over", name(subject)),
         Action::RemoveLeft { pod, taken_over } if taken_over.is_empty() => {
-            format!("remove what is left of {pod}")
+            format!("remove the leftovers of {pod}")
         }
         Action::RemoveLeft { pod, taken_over } => {
-            format!("remove what is left of {pod}, if {taken_over:?} are taken over")
+            format!("remove the leftovers of {pod}, if {taken_over:?} are taken over")
         }
     });
     actions.collect()

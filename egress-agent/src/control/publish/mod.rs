@@ -121,7 +121,7 @@ impl Publisher {
             .and(outcome.problems.clone())
     }
 
-    /// Publishes what is enforced and what is wrong.
+    /// Publishes the enforced pods and the problems.
     pub(in crate::control) fn publish(
         &mut self,
         observed: &Observed<'_>,
