@@ -18,7 +18,7 @@ pub use flows::{
     FLOW_KEY_FRAGMENT, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT,
     FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST, FLOW_SEEN_RST_IN, Flow, FlowKey, UNJUDGED,
 };
-pub use keyed::{AllowValue, InterfaceValue};
+pub use keyed::{AllowValue, FlowValue, InterfaceValue};
 pub use links::{HARDWARE_REFUSED, HARDWARE_SETTLED, LinkAddress, LinkHardware, LinkOwner};
 pub use names::{NAME_BY_STRANGER, NAME_BYTES, NameEntry, NameKey};
 pub use policy::{
@@ -462,6 +462,7 @@ mod pod {
         super::DnsPorts,
         super::FlowKey,
         super::Flow,
+        super::FlowValue,
         super::Counters,
         super::Meter,
         super::Probes,
@@ -504,6 +505,7 @@ const _: () = {
     assert!(size_of::<DnsPorts>() == 16);
     assert!(size_of::<FlowKey>() == 40);
     assert!(size_of::<Flow>() == 16);
+    assert!(size_of::<FlowValue>() == 40 + 16);
     assert!(size_of::<Held>() == 24);
     assert!(size_of::<Denial>() == 72);
     assert!(size_of::<Counters>() == 22 * 8);

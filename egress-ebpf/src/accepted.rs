@@ -13,11 +13,11 @@ use core::hint::black_box;
 use egress_common::{
     flow::is_accepted_lately,
     ids::PodId,
-    records::{FLOW_IN, FLOW_KEY_ACCEPTED, FLOW_KEY_FLOW, Flow, FlowKey, UNJUDGED},
+    records::{FLOW_IN, FLOW_KEY_ACCEPTED, FLOW_KEY_FLOW, Flow, FlowKey, FlowValue, UNJUDGED},
 };
 
 use crate::{
-    flows::{ANY, IN_INBOUND, IN_OPENING, NOWHERE, forget, map_of},
+    flows::{ANY, IN_INBOUND, IN_OPENING, NOWHERE, forget, map_of, read},
     maps::{Flows, STAMP},
     skb::now_ns,
 };
@@ -49,11 +49,7 @@ pub fn is_noted(pod: PodId, key: &mut FlowKey, now_ns: u64, is_established: bool
 /// Whether the map has a record that is not too old.
 #[inline(always)]
 fn has(opening: &Flows, key: &FlowKey, now_ns: u64) -> bool {
-    let Some(record) = opening.get_ptr(black_box(key)) else {
-        return false;
-    };
-    // SAFETY: the memory stays an entry of this map until the program ends.
-    is_accepted_lately(&unsafe { *record }, now_ns)
+    read(opening, black_box(key)).is_some_and(|record| is_accepted_lately(&record, now_ns))
 }
 
 /// Whether the other side has accepted the connection of a flow that is about to move to another map. The key stays as
@@ -116,16 +112,18 @@ pub fn evict(pod: PodId, opening: &Flows, key: &mut FlowKey, must: bool) {
 /// Returns whether the map has room.
 #[inline(always)]
 fn note_group(opening: &Flows, key: &FlowKey, now_ns: u64) -> bool {
-    let group = &key.accepted_group(STAMP.load());
-    opening.insert(group, record(now_ns), ANY).is_ok()
+    let group = FlowValue {
+        flow: record(now_ns),
+        key: key.accepted_group(STAMP.load()),
+    };
+    opening.insert(&group.key, &group, ANY).is_ok()
 }
 
 /// Removes the flow from this map if the other side opened it.
 #[inline(always)]
 fn forget_inbound(pod: PodId, place: u32, key: &FlowKey) {
-    let flow = map_of(pod, place).and_then(|flows| flows.get_ptr(key));
-    // SAFETY: the memory stays an entry of this map until the program ends.
-    if flow.is_some_and(|flow| unsafe { (*flow).state } == FLOW_IN) {
+    let flow = map_of(pod, place).and_then(|flows| read(flows, key));
+    if flow.is_some_and(|flow| flow.state == FLOW_IN) {
         forget(pod, key, place);
     }
 }

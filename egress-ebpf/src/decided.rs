@@ -9,6 +9,7 @@ use egress_common::{
 };
 
 use crate::{
+    entries,
     flows::NOEXIST,
     maps::{DECISION, DNS_TIMES, LEARNS, PENDING},
     message,
@@ -57,16 +58,17 @@ fn is_decided(interface: &Interface, message: &mut Message) -> bool {
     };
     // SAFETY: none of the maps is preallocated. The agent removes a decision only while the interface's entry says
     // that nothing passes; `await_response` looks for that.
-    let decision = unsafe {
-        DECISION
-            .get(&interface.policy().get())
-            .and_then(|decisions| decisions.get(&message.name))
+    let Some(decisions) = (unsafe { DECISION.get(&interface.policy().get()) }) else {
+        return false;
     };
-    let Some(decision) = decision else {
+    // SAFETY: as above.
+    let Some(decision) = (unsafe { decisions.get(&message.name) }) else {
         return false;
     };
     message.query.decision = *decision;
-    decision.generation == times.generation && times.passes_decided(now_ns())
+    entries::is_there(decisions, &message.name, decision)
+        && message.query.decision.generation == times.generation
+        && times.passes_decided(now_ns())
 }
 
 /// Keeps the query, so that its response can be recognised. Returns false if that cannot be, or if a query with the same

@@ -6,8 +6,12 @@ use egress_common::{
     address::{self, Address},
     classes::ClassSet,
     ids::IfIndex,
-    records::{AllowEntry, AllowValue, Interface, InterfaceValue, LearnedEntry},
+    records::{
+        AllowEntry, AllowValue, Flow, FlowKey, FlowValue, Interface, InterfaceValue, LearnedEntry,
+    },
 };
+
+use aya_ebpf::btf_maps::HashMap;
 
 use crate::maps::INTERFACE;
 
@@ -71,6 +75,29 @@ fn of_address(
     is_of(key, address).then_some(entry)
 }
 
+/// The flow with this key, unless it was replaced while the program read it.
+#[inline(always)]
+pub fn flow(value: &FlowValue, key: &FlowKey) -> Option<Flow> {
+    let flow = copy(&value.flow);
+    compiler_fence(Ordering::SeqCst);
+    value.key.same(key).then_some(flow)
+}
+
+/// Whether the map still has this entry, so that what the program has read of it is of this key. For values that do not
+/// repeat their key.
+///
+/// A program would have to be interrupted twice, each time within ten nanoseconds, to read another key's fields and then find
+/// the entry in its place again.
+#[inline(always)]
+pub fn is_there<K, V, const N: usize, const F: usize>(
+    map: &HashMap<K, V, N, F>,
+    key: &K,
+    entry: &V,
+) -> bool {
+    map.get_ptr(key)
+        .is_some_and(|now| core::ptr::eq(now, entry))
+}
+
 /// Whether the key that an entry repeats is this address. The compiler does not move this read before earlier ones.
 #[inline(always)]
 pub fn is_of(key: &Address, address: &Address) -> bool {
@@ -88,7 +115,7 @@ fn copy_classes(classes: &ClassSet) -> ClassSet {
 
 /// A copy of a field, which the compiler moves neither before nor after the copies of others.
 #[inline(always)]
-fn copy<T: Copy>(field: &T) -> T {
+pub fn copy<T: Copy>(field: &T) -> T {
     // SAFETY: the memory is that of some entry of the map until the program ends, and any bytes are a valid field.
     unsafe { core::ptr::from_ref(field).read_volatile() }
 }

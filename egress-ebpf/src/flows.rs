@@ -9,9 +9,9 @@
 //! outlive the flows: no other host opens a connection to the pod from such an address and port.
 //!
 //! The kernel may reuse the memory of a removed entry at once for another flow of the same map
-//! (`bpf_mem_alloc`, kernel/bpf/memalloc.c, since 6.1). So the fields on which verdicts depend (state,
-//! policy, whether the flow is established) are only written together with the key. The fields that are
-//! written in place are harmless for any flow.
+//! (`bpf_mem_alloc`, kernel/bpf/memalloc.c, since 6.1). So each flow repeats its key ([`entries::flow`]), and the fields
+//! on which verdicts depend (state, policy, whether the flow is established) are only written together with the key. The
+//! fields that are written in place are harmless for any flow.
 
 use core::hint::black_box;
 
@@ -24,13 +24,14 @@ use egress_common::{
     records::{
         FLOW_CUT, FLOW_IN, FLOW_KEY_ACCEPTED, FLOW_KEY_FLOW, FLOW_OUT, FLOW_SEEN_AGAIN,
         FLOW_SEEN_FIN_IN, FLOW_SEEN_FIN_OUT, FLOW_SEEN_IN, FLOW_SEEN_OUT, FLOW_SEEN_RST,
-        FLOW_SEEN_RST_IN, Flow, FlowKey, Interface, UNJUDGED,
+        FLOW_SEEN_RST_IN, Flow, FlowKey, FlowValue, Interface, UNJUDGED,
     },
 };
 
 use crate::{
     accepted,
     counters::count,
+    entries,
     maps::{CALLED, FLOW, Flows, INBOUND, METER, OPENING, POLICY, UDP_IDLE_NS},
     opening,
     skb::{Skb, last_tick_ns, now_ns},
@@ -177,16 +178,22 @@ extern "C" fn look_up_flow(
 
 #[inline(always)]
 fn is_in(place: u32, pod: PodId, key: &FlowKey, now_ns: u64, found: &mut Flow) -> bool {
-    let Some(flow) = map_of(pod, place).and_then(|flows| flows.get_ptr(key)) else {
+    let Some(flow) = map_of(pod, place).and_then(|flows| read(flows, key)) else {
         return false;
     };
-    // SAFETY: the memory stays an entry of this map until the program ends.
-    let flow = unsafe { *flow };
     let is_alive = is_alive(key, &flow, now_ns);
     if is_alive {
         *found = flow;
     }
     is_alive
+}
+
+/// The flow with this key.
+#[inline(always)]
+pub fn read(flows: &Flows, key: &FlowKey) -> Option<Flow> {
+    // SAFETY: the memory stays an entry of this map until the program ends.
+    let value = unsafe { flows.get(key) }?;
+    entries::flow(value, key)
 }
 
 /// The bits that a packet adds to `Flow::seen`.
@@ -285,21 +292,23 @@ extern "C" fn change_flow(
         return 0;
     };
     // Kernels such as 6.1 do not accept a caller's pointer as a map's key or value.
-    let (mut key, mut next) = (*key, *next);
-    key.kind |= FLOW_KEY_ACCEPTED * (how >> IS_ACCEPTED.trailing_zeros() & 1) as u8;
-    let (key, next) = (black_box(&mut key), &*black_box(&mut next));
+    let (flow, key) = (*next, *key);
+    let mut value = FlowValue { flow, key };
+    value.key.kind |= FLOW_KEY_ACCEPTED * (how >> IS_ACCEPTED.trailing_zeros() & 1) as u8;
+    let value = black_box(&mut value);
     let policy = PolicyId::new((whose >> 32) as u32);
     let pod = PodId::new(whose as u32);
     let is_new = how & IS_NEW != 0;
-    if is_new && next.state == FLOW_IN && !may_answer(policy, key) {
+    if is_new && value.flow.state == FLOW_IN && !may_answer(policy, &value.key) {
         return 0;
     }
-    change(pod, key, before, next, how & PLACE, is_new);
+    change(pod, before, value, how & PLACE, is_new);
     1
 }
 
 #[inline(always)]
-fn change(pod: PodId, key: &mut FlowKey, before: &Flow, next: &Flow, place: u32, is_new: bool) {
+fn change(pod: PodId, before: &Flow, value: &mut FlowValue, place: u32, is_new: bool) {
+    let FlowValue { flow: next, key } = &*value;
     let is_established = place == IN_FLOWS || place == IN_INBOUND;
     let closes = is_established
         && next.state != FLOW_CUT
@@ -309,13 +318,12 @@ fn change(pod: PodId, key: &mut FlowKey, before: &Flow, next: &Flow, place: u32,
         if is_established {
             forget(pod, key, place);
         }
-        opening::admit(pod, key, next);
+        opening::admit(pod, value);
         return;
     }
-    let key = &*key;
     if is_promoted(key, next, place)
         && let Some(flows) = map_of(pod, IN_FLOWS)
-        && flows.insert(key, next, ANY).is_ok()
+        && flows.insert(key, &*value, ANY).is_ok()
     {
         forget(pod, key, IN_OPENING);
         return;
@@ -331,10 +339,10 @@ fn change(pod: PodId, key: &mut FlowKey, before: &Flow, next: &Flow, place: u32,
         || before.handshake != next.handshake;
     if decides {
         // The flow may have been removed meanwhile.
-        let _ = flows.insert(key, next, EXIST);
-    } else if let Some(flow) = flows.get_ptr_mut(key) {
+        let _ = flows.insert(key, &*value, EXIST);
+    } else if let Some(value) = flows.get_ptr_mut(key) {
         // SAFETY: the memory stays an entry of this map until the program ends.
-        let flow = unsafe { &mut *flow };
+        let flow = unsafe { &mut (*value).flow };
         note(flow, next.seen & !FLOW_SEEN_AGAIN);
         if next.last_seen_ns != before.last_seen_ns {
             flow.last_seen_ns = next.last_seen_ns;
@@ -435,11 +443,14 @@ pub fn is_open(pod: PodId, key: &FlowKey, policy: PolicyId) -> bool {
     let Some(flows) = map_of(pod, IN_FLOWS) else {
         return false;
     };
-    let Some(flow) = flows.get_ptr_mut(key) else {
+    let Some(value) = flows.get_ptr_mut(key) else {
         return false;
     };
     // SAFETY: the memory stays an entry of this map until the program ends.
-    let flow = unsafe { &mut *flow };
+    let value = unsafe { &mut *value };
+    let Some(flow) = entries::flow(value, key) else {
+        return false;
+    };
     if flow.state != FLOW_OUT || flow.policy() != policy {
         return false;
     }
@@ -449,9 +460,9 @@ pub fn is_open(pod: PodId, key: &FlowKey, policy: PolicyId) -> bool {
         return true;
     }
     let now_ns = now_ns();
-    let is_alive = is_alive(key, flow, now_ns);
+    let is_alive = is_alive(key, &flow, now_ns);
     if is_alive && now_ns.saturating_sub(flow.last_seen_ns) >= REFRESH_NS {
-        flow.last_seen_ns = now_ns;
+        value.flow.last_seen_ns = now_ns;
     }
     is_alive
 }

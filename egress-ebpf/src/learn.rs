@@ -75,13 +75,20 @@ fn learn(skb: &Skb<'_>, interface: &Interface, packet: &Packet, message: &mut Me
     else {
         return false;
     };
+    message.query.time_ns = entries::copy(&query.time_ns);
     message.query.decision = query.decision;
     message.query.len = query.len;
     let now_ns = now_ns();
     let is_open = query.policy == interface.policy().get()
         && query.decision.generation == times.generation
-        && now_ns.saturating_sub(query.time_ns) <= RESPONSE_TIMEOUT_NS;
+        && now_ns.saturating_sub(message.query.time_ns) <= RESPONSE_TIMEOUT_NS;
     if !is_open || !message::read_response(message, query) {
+        return false;
+    }
+    // No two queries have the same time, so all that was read is of this one.
+    if !entries::is_there(pending, &message.key, query)
+        || entries::copy(&query.time_ns) != message.query.time_ns
+    {
         return false;
     }
     if message.aliases != 0 && message.query.decision.flags & DECISION_ALIASES == 0 {

@@ -16,9 +16,9 @@ use egress_common::{
     },
     records::{
         AllowKey, AllowValue, CidrEntry, Counters, Decision, DecisionKey, Denial, DnsPorts,
-        DnsTimes, Flow, FlowKey, Forged, Held, Identity, InterfaceValue, LearnedEntry, LearnedNote,
-        LinkAddress, LinkHardware, LinkOwner, Meter, NameEntry, NameKey, NodeAddress, PendingKey,
-        PendingQuery, Policy, Probes, Range, Tunnel, TunnelKey,
+        DnsTimes, Flow, FlowKey, FlowValue, Forged, Held, Identity, InterfaceValue, LearnedEntry,
+        LearnedNote, LinkAddress, LinkHardware, LinkOwner, Meter, NameEntry, NameKey, NodeAddress,
+        PendingKey, PendingQuery, Policy, Probes, Range, Tunnel, TunnelKey,
     },
 };
 
@@ -29,7 +29,9 @@ pub type Allow = HashMap<AllowKey, AllowValue, { ALLOW_ENTRIES as usize }, NO_PR
 /// A policy's CIDR trie.
 pub type Cidrs = LpmTrie<Address, CidrEntry, { CIDR_ENTRIES as usize }>;
 /// A pod's flows of one kind.
-pub type Flows = HashMap<FlowKey, Flow, { FLOW_ENTRIES as usize }, NO_PREALLOC>;
+pub type Flows = HashMap<FlowKey, FlowValue, { FLOW_ENTRIES as usize }, NO_PREALLOC>;
+/// The addresses and ports to which a pod has connected.
+pub type Called = HashMap<FlowKey, Flow, { FLOW_ENTRIES as usize }, NO_PREALLOC>;
 /// Keys in the order of their insertion into `opening`.
 pub type Order = Queue<FlowKey, { FlowLimits::of(FLOW_ENTRIES).opening_to_pod as usize }>;
 
@@ -65,7 +67,8 @@ pub static OPENING: HashOfMaps<u32, Flows, { INTERFACES as usize }, NO_PREALLOC>
 
 /// The addresses and ports to which the pod has connected by TCP ([`FlowKey::called`]).
 #[btf_map(name = "called")]
-pub static CALLED: HashOfMaps<u32, Flows, { INTERFACES as usize }, NO_PREALLOC> = HashOfMaps::new();
+pub static CALLED: HashOfMaps<u32, Called, { INTERFACES as usize }, NO_PREALLOC> =
+    HashOfMaps::new();
 
 /// The order of the keys in `opening` whose flows the pod opened.
 #[btf_map(name = "order_from_pod")]

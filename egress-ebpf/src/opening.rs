@@ -9,20 +9,24 @@
 //! (`bpf_common_lru_pop_free`, `kernel/bpf/bpf_lru_list.c`). They are also allocated at once, and take ten
 //! times the memory of a queue.
 
-use core::{mem::MaybeUninit, ptr};
+use core::ptr;
 
 use aya_ebpf::helpers::bpf_map_pop_elem;
 use egress_common::{
     flow::{is_closed, is_established},
     ids::PodId,
     protocol,
-    records::{FLOW_IN, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_OUT, Flow, FlowKey},
+    records::{
+        FLOW_IN, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_OUT, Flow, FlowKey, FlowValue, UNJUDGED,
+    },
 };
 
 use crate::{
     accepted,
     counters::count,
-    flows::{ANY, EXIST, IN_FLOWS, IN_INBOUND, IN_OPENING, count_full, is_alive, is_flow, map_of},
+    flows::{
+        ANY, EXIST, IN_FLOWS, IN_INBOUND, IN_OPENING, count_full, is_alive, is_flow, map_of, read,
+    },
     maps::{Flows, METER, ORDER_FROM_POD, ORDER_TO_POD, Order},
     skb::now_ns,
 };
@@ -34,13 +38,13 @@ const ATTEMPTS: u32 = 4;
 /// Inserts a flow, or a fragmented packet, into `opening`. If there is no room, evicts the oldest of the same
 /// side.
 #[inline(always)]
-pub fn admit(pod: PodId, key: &mut FlowKey, flow: &Flow) {
+pub fn admit(pod: PodId, value: &mut FlowValue) {
     let Some(opening) = map_of(pod, IN_OPENING) else {
         return;
     };
-    let known = &*key;
+    let FlowValue { flow, key } = &*value;
     // The flow is there already, and has its place in the queue.
-    if opening.insert(known, flow, EXIST).is_ok() {
+    if opening.insert(key, &*value, EXIST).is_ok() {
         return;
     }
     // SAFETY: the maps are not preallocated, so an inner map that is removed lives until the
@@ -56,10 +60,10 @@ pub fn admit(pod: PodId, key: &mut FlowKey, flow: &Flow) {
     let Some(order) = order else {
         return;
     };
-    if !has_place(pod, order, opening, known) || opening.insert(known, flow, ANY).is_err() {
+    if !has_place(pod, order, opening, key) || opening.insert(key, &*value, ANY).is_err() {
         count_full(pod);
-        if accepted::is_record(known) {
-            accepted::evict(pod, opening, key, true);
+        if accepted::is_record(key) {
+            accepted::evict(pod, opening, &mut value.key, true);
         }
     }
 }
@@ -72,19 +76,23 @@ fn has_place(pod: PodId, order: &Order, opening: &Flows, key: &FlowKey) -> bool 
         if order.push(key, ANY).is_ok() {
             return true;
         }
-        let mut oldest = MaybeUninit::<FlowKey>::uninit();
-        // SAFETY: the map is a queue of keys, and the buffer is as long as one. (`Queue::pop` would copy the
-        // key twice, on a stack of 512 bytes for all functions together.)
-        let oldest = unsafe {
-            let queue = ptr::from_ref(order).cast_mut().cast();
-            if bpf_map_pop_elem(queue, oldest.as_mut_ptr().cast()) != 0 {
-                attempt += 1;
-                continue;
-            }
-            oldest.assume_init_mut()
+        let mut oldest = FlowValue {
+            flow: Flow::new(UNJUDGED, 0, 0),
+            key: FlowKey::EMPTY,
         };
-        if accepted::is_record(oldest) {
-            accepted::evict(pod, opening, oldest, false);
+        // SAFETY: the map is a queue of keys, and the buffer is one. (`Queue::pop` would copy the key twice, on a stack of
+        // 512 bytes for all functions together.)
+        let popped = unsafe {
+            let queue = ptr::from_ref(order).cast_mut().cast();
+            bpf_map_pop_elem(queue, (&raw mut oldest.key).cast())
+        };
+        if popped != 0 {
+            attempt += 1;
+            continue;
+        }
+        let oldest = &mut oldest;
+        if accepted::is_record(&oldest.key) {
+            accepted::evict(pod, opening, &mut oldest.key, false);
         } else {
             evict_or_spare(pod, order, opening, oldest, attempt + 1 == ATTEMPTS);
         }
@@ -95,25 +103,24 @@ fn has_place(pod: PodId, order: &Order, opening: &Flows, key: &FlowKey) -> bool 
 
 /// Evicts the oldest flow from `opening`, or spares it.
 #[inline(never)]
-fn evict_or_spare(pod: PodId, order: &Order, opening: &Flows, oldest: &mut FlowKey, must: bool) {
-    let key = &*oldest;
-    let Some(flow) = opening.get_ptr(key) else {
+fn evict_or_spare(pod: PodId, order: &Order, opening: &Flows, oldest: &mut FlowValue, must: bool) {
+    let FlowValue { flow, key } = oldest;
+    let Some(known) = read(opening, key) else {
         // The flow was established or forgotten meanwhile.
         return;
     };
-    // SAFETY: the memory stays an entry of this map until the program ends.
-    let mut flow = unsafe { *flow };
+    *flow = known;
     let is_tcp = key.protocol == protocol::TCP;
-    let is_wanted = is_flow(key) && !(is_tcp && is_closed(&flow)) && is_alive(key, &flow, now_ns());
+    let is_wanted = is_flow(key) && !(is_tcp && is_closed(flow)) && is_alive(key, flow, now_ns());
     let mut was_established = false;
-    if is_wanted && is_established(key, &flow) {
+    if is_wanted && is_established(key, flow) {
         // A UDP packet of the other side reopens a flow that was forgotten, and its source may be forged. So
         // such a flow gets no place in `inbound`, only another round in the queue.
         if flow.state == FLOW_IN && !is_tcp {
             if !must {
                 flow.seen &= !(FLOW_SEEN_AGAIN | FLOW_SEEN_OUT);
                 if order.push(key, ANY).is_ok() {
-                    let _ = opening.insert(key, flow, EXIST);
+                    let _ = opening.insert(&oldest.key, &*oldest, EXIST);
                     return;
                 }
             }
@@ -124,12 +131,12 @@ fn evict_or_spare(pod: PodId, order: &Order, opening: &Flows, oldest: &mut FlowK
                 IN_INBOUND
             };
             // In this order: the flow goes before the record that bars it ([`accepted::evict`]).
-            let is_barred = place == IN_INBOUND && accepted::bars(opening, oldest);
-            let key = &*oldest;
+            let is_barred = place == IN_INBOUND && accepted::bars(opening, key);
+            let key = &oldest.key;
             if !is_barred
                 && (place == IN_FLOWS || opening.get_ptr(key).is_some())
                 && let Some(flows) = map_of(pod, place)
-                && flows.insert(key, flow, ANY).is_ok()
+                && flows.insert(key, &*oldest, ANY).is_ok()
             {
                 let _ = opening.remove(key);
                 return;
@@ -137,7 +144,7 @@ fn evict_or_spare(pod: PodId, order: &Order, opening: &Flows, oldest: &mut FlowK
             was_established = true;
         }
     }
-    let _ = opening.remove(oldest);
+    let _ = opening.remove(&oldest.key);
     if is_wanted {
         count_evicted(pod, was_established);
     }

@@ -11,16 +11,28 @@ use egress_common::{
     protocol,
     records::{
         FLOW_IN, FLOW_KEY_ACCEPTED, FLOW_KEY_ACCEPTED_GROUP, FLOW_KEY_FLOW, FLOW_OUT,
-        FLOW_SEEN_AGAIN, FLOW_SEEN_IN, FLOW_SEEN_OUT, Flow, FlowKey, UNJUDGED,
+        FLOW_SEEN_AGAIN, FLOW_SEEN_IN, FLOW_SEEN_OUT, Flow, FlowKey, FlowValue, UNJUDGED,
     },
 };
 
-use super::{AllowError, policies::ignore_missing};
+use super::{
+    AllowError,
+    keyed::{Keyed, read, values},
+    policies::ignore_missing,
+};
 
 /// `BPF_NOEXIST`: insert, and replace nothing.
 const NOEXIST: u64 = 1;
 
-type Flows = HashMap<MapData, FlowKey, Flow>;
+type Flows = HashMap<MapData, FlowKey, FlowValue>;
+
+impl Keyed for FlowValue {
+    type Key = FlowKey;
+
+    fn key(&self) -> FlowKey {
+        self.key
+    }
+}
 
 /// Handle on one pod's flows.
 pub struct FlowMap {
@@ -31,7 +43,7 @@ pub struct FlowMap {
     /// Flows that are not established, or closed, and the connections that peers have accepted.
     opening: Flows,
     /// The addresses and ports to which the pod has connected ([`FlowKey::called`]).
-    called: Flows,
+    called: HashMap<MapData, FlowKey, Flow>,
     limits: Limits,
     /// How long a UDP flow that the pod opened may be idle.
     udp_ns: u64,
@@ -146,7 +158,7 @@ impl FlowMap {
     pub fn entries(&self) -> Result<Vec<(FlowKey, Flow)>> {
         let maps = [&self.flows, &self.inbound, &self.opening];
         maps.into_iter()
-            .flat_map(Flows::iter)
+            .flat_map(flows_of)
             .collect::<Result<_, _>>()
             .context("cannot read a pod's flows")
     }
@@ -159,7 +171,7 @@ impl FlowMap {
     pub fn open(&self, now_ns: u64) -> Result<OpenFlows, AllowError> {
         let mut open = OpenFlows::default();
         let most = 2 * (self.limits.established + self.limits.opening);
-        for item in self.flows.iter().chain(self.opening.iter()) {
+        for item in flows_of(&self.flows).chain(flows_of(&self.opening)) {
             let (key, flow) = item.map_err(AllowError::Kernel)?;
             if is_open(&key, &flow, now_ns, self.udp_ns) {
                 open.to.insert(key.peer_addr);
@@ -180,7 +192,10 @@ impl FlowMap {
     ///
     /// When the map is full or cannot be written.
     pub fn note_called(&mut self, seed: &Seed, now_ns: u64) -> Result<()> {
-        add(&mut self.called, &seed.key().called(), seed.flow(now_ns)).map(|_| ())
+        let inserted = self
+            .called
+            .insert(seed.key().called(), seed.flow(now_ns), NOEXIST);
+        is_added(inserted).map(|_| ())
     }
 
     /// Whether the map has this connection as one that the other side has opened.
@@ -190,10 +205,9 @@ impl FlowMap {
     /// When a map cannot be read.
     pub fn has_inbound(&self, seed: &Seed) -> Result<bool> {
         for map in [&self.inbound, &self.opening] {
-            match map.get(&seed.key(), 0) {
-                Ok(flow) if flow.state == FLOW_IN => return Ok(true),
-                Ok(_) | Err(MapError::KeyNotFound) => {}
-                Err(error) => return Err(error).context("cannot read a pod's flows"),
+            let value = read(map, &seed.key()).context("cannot read a pod's flows")?;
+            if value.is_some_and(|value| value.flow.state == FLOW_IN) {
+                return Ok(true);
             }
         }
         Ok(false)
@@ -258,7 +272,7 @@ impl FlowMap {
                 Ok(()) | Err(_) => {}
             }
         }
-        for item in &other.opening {
+        for item in flows_of(&other.opening) {
             let (key, flow) = item.context("cannot read a pod's flows")?;
             if matches!(key.kind, FLOW_KEY_ACCEPTED | FLOW_KEY_ACCEPTED_GROUP) {
                 add(&mut self.opening, &key, flow)?;
@@ -340,9 +354,20 @@ impl FlowMap {
     }
 }
 
+/// The flows of a map.
+fn flows_of(map: &Flows) -> impl Iterator<Item = Result<(FlowKey, Flow), MapError>> {
+    values(map).map(|value| value.map(|FlowValue { key, flow }| (key, flow)))
+}
+
 /// Adds a flow unless the map has it already. Returns whether it was added.
 fn add(map: &mut Flows, key: &FlowKey, flow: Flow) -> Result<bool> {
-    match map.insert(key, flow, NOEXIST) {
+    let key = *key;
+    is_added(map.insert(key, FlowValue { flow, key }, NOEXIST))
+}
+
+/// Whether an insertion has added an entry that the map did not have.
+fn is_added(inserted: Result<(), MapError>) -> Result<bool> {
+    match inserted {
         Ok(()) => Ok(true),
         Err(error) if is_errno(&error, libc::EEXIST) => Ok(false),
         Err(error) => Err(error).context("cannot write a pod's flows"),
@@ -363,7 +388,7 @@ fn forget_idle(
 ) -> Result<usize> {
     let mut idle = Vec::new();
     let mut count = 0;
-    for item in &*map {
+    for item in flows_of(map) {
         let (key, flow) = item.context("cannot read a pod's flows")?;
         if is_alive(&key, &flow, now_ns, udp_ns) {
             count += 1;

@@ -16,6 +16,7 @@ pub(super) struct Templates {
     allow: aya_obj::Map,
     cidrs: aya_obj::Map,
     flows: aya_obj::Map,
+    called: aya_obj::Map,
     order: aya_obj::Map,
     names: aya_obj::Map,
     decisions: aya_obj::Map,
@@ -40,6 +41,7 @@ impl Templates {
             allow: inner("allow")?,
             cidrs: inner("cidrs")?,
             flows: inner("flows")?,
+            called: inner("called")?,
             order: inner("order_to_pod")?,
             decisions: inner("decisions")?,
             learned: inner("learned")?,
@@ -61,9 +63,14 @@ impl Templates {
         self.create(&self.cidrs, "cidrs", entries)
     }
 
-    /// One of the maps of a pod's flows: `flows`, `inbound`, `opening` or `called`.
+    /// One of the maps of a pod's flows: `flows`, `inbound` or `opening`.
     pub(super) fn flows(&self, name: &str, entries: u32) -> Result<MapData> {
         self.create(&self.flows, name, entries)
+    }
+
+    /// The addresses and ports to which a pod has connected.
+    pub(super) fn called(&self, entries: u32) -> Result<MapData> {
+        self.create(&self.called, "called", entries)
     }
 
     /// A queue of flow keys. The kernel accepts no type information for queues.

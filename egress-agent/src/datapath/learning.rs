@@ -7,7 +7,12 @@ use egress_common::{
     records::{AllowKey, Decision, DecisionKey, DnsTimes, LearnedEntry, PendingKey, PendingQuery},
 };
 
-use super::{Datapath, object::open, policies::ignore_missing};
+use super::{
+    Datapath,
+    keyed::{Keyed, read, values},
+    object::open,
+    policies::ignore_missing,
+};
 use egress_dns::Name;
 
 /// Handle on the decided names and the learned addresses of one policy. The gate thread alone writes decisions; the
@@ -81,11 +86,7 @@ impl LearningMaps {
     ///
     /// When the map cannot be read.
     pub fn learned(&self, addr: Address) -> Result<Option<LearnedEntry>> {
-        match self.learned.get(&AllowKey { addr }, 0) {
-            Ok(entry) => Ok(Some(entry)),
-            Err(MapError::KeyNotFound) => Ok(None),
-            Err(error) => Err(error).context("cannot read a map `learned`"),
-        }
+        read(&self.learned, &AllowKey { addr }).context("cannot read a map `learned`")
     }
 
     /// When each address expires that the programs have learned, and the id of the name that resolved to it.
@@ -94,11 +95,10 @@ impl LearningMaps {
     ///
     /// When the map cannot be read.
     pub fn lifetimes(&self) -> Result<Vec<(Address, (u64, u64))>> {
-        self.learned
-            .iter()
-            .map(|item| {
-                let (key, entry) = item.context("cannot read a map `learned`")?;
-                Ok((key.addr, (entry.expires_ns, entry.id)))
+        values(&self.learned)
+            .map(|entry| {
+                let entry = entry.context("cannot read a map `learned`")?;
+                Ok((entry.addr, (entry.expires_ns, entry.id)))
             })
             .collect()
     }
@@ -111,16 +111,24 @@ impl LearningMaps {
     /// When the map cannot be read or written.
     pub fn forget_expired(&mut self, now_ns: u64) -> Result<()> {
         let mut expired = Vec::new();
-        for item in &self.learned {
-            let (key, entry) = item.context("cannot read a map `learned`")?;
+        for entry in values(&self.learned) {
+            let entry = entry.context("cannot read a map `learned`")?;
             if entry.expires_ns <= now_ns {
-                expired.push(key);
+                expired.push(entry.key());
             }
         }
         for key in expired {
             ignore_missing(self.learned.remove(&key)).context("cannot write a map `learned`")?;
         }
         Ok(())
+    }
+}
+
+impl Keyed for LearnedEntry {
+    type Key = AllowKey;
+
+    fn key(&self) -> AllowKey {
+        AllowKey { addr: self.addr }
     }
 }
 

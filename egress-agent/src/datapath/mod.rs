@@ -12,6 +12,7 @@ mod ingress;
 mod inner;
 mod interfaces;
 mod kernel_types;
+mod keyed;
 mod learning;
 mod link_hardware;
 mod link_owners;

@@ -190,7 +190,7 @@ impl Datapath {
                 Outer::OrderFromPod(_) => self.templates.order(limits.opening_from_pod)?,
                 Outer::OrderToPod(_) => self.templates.order(limits.opening_to_pod)?,
                 Outer::Opening(_) => self.templates.flows(name, limits.opening_entries())?,
-                Outer::Called(_) => self.templates.flows(name, limits.called)?,
+                Outer::Called(_) => self.templates.called(limits.called)?,
                 _ => self.templates.flows(name, limits.established)?,
             });
         }

@@ -1,10 +1,14 @@
 //! The records of the flow maps.
 
-use crate::{address::Address, flow::peer_group, ids::PolicyId};
+use crate::{
+    address::{Address, same},
+    flow::peer_group,
+    ids::PolicyId,
+};
 
-/// Key of a pod's flow maps.
+/// Key of a pod's flow maps. Aligned, so that programs compare it in words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(C)]
+#[repr(C, align(8))]
 pub struct FlowKey {
     /// The pod's address.
     pub pod_addr: Address,
@@ -35,6 +39,17 @@ pub const FLOW_KEY_ACCEPTED: u8 = 3;
 pub const FLOW_KEY_ACCEPTED_GROUP: u8 = 4;
 
 impl FlowKey {
+    /// A key of no flow.
+    pub const EMPTY: Self = Self {
+        pod_addr: [0; 16],
+        peer_addr: [0; 16],
+        pod_port: 0,
+        peer_port: 0,
+        protocol: 0,
+        kind: FLOW_KEY_FLOW,
+        pad: 0,
+    };
+
     /// The key with only the flow's peer: the pod's address and port are zero.
     #[must_use]
     #[inline(always)]
@@ -80,6 +95,17 @@ impl FlowKey {
         }
     }
 
+    /// Whether two keys are equal. A comparison of the structures would call a function that the kernel does not have.
+    #[must_use]
+    #[inline(always)]
+    pub const fn same(&self, other: &Self) -> bool {
+        let ports = self.pod_port ^ other.pod_port | self.peer_port ^ other.peer_port;
+        let kinds = self.protocol ^ other.protocol | self.kind ^ other.kind;
+        same(&self.pod_addr, &other.pod_addr)
+            & same(&self.peer_addr, &other.peer_addr)
+            & (ports | kinds as u16 == 0)
+    }
+
     /// The key of the flow that a record of [`Self::accepted`] is about.
     #[must_use]
     #[inline(always)]
@@ -91,7 +117,7 @@ impl FlowKey {
     }
 }
 
-/// Value of a pod's flow maps.
+/// A flow: in a pod's flow maps a part of [`super::FlowValue`], in its map `called` the value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Flow {

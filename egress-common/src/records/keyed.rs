@@ -5,7 +5,7 @@
 //! depends repeats its key. The program copies the other fields first and reads the key last: if the key is another one, the
 //! copy does not count.
 
-use super::{AllowEntry, Interface};
+use super::{AllowEntry, Flow, FlowKey, Interface};
 use crate::{address::Address, classes::ClassSet, ids::IfIndex};
 
 /// Value of `interfaces`: an [`Interface`] and its key.
@@ -84,4 +84,14 @@ impl AllowValue {
             expires_ns: self.expires_ns,
         }
     }
+}
+
+/// Value of a pod's flow maps: a [`Flow`] and its key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct FlowValue {
+    /// The flow.
+    pub flow: Flow,
+    /// The key.
+    pub key: FlowKey,
 }

@@ -232,7 +232,7 @@ fn a_connection_that_audit_mode_let_out_cannot_be_reopened_in_the_servers_name()
     Forger::open(&lab, &cart, peer, (cart.address_for(peer), HERE).into()).send(flag::SYN);
     eventually("the server's SYN is there", || {
         let flows = lab.pod_entries(&cart, "opening");
-        holds(flows.iter().any(|flow| flow["value"]["state"] == 2))
+        holds(flows.iter().any(|flow| flow["value"]["flow"]["state"] == 2))
     });
     let mut connection = Connection::open_from(&lab, &cart, peer, HERE);
     connection.forge_handshake(&lab);

@@ -101,7 +101,7 @@ fn connections_that_a_pod_opened_on_a_later_interface_are_judged_and_do_not_come
     }
     let opened = eventually("the other port's flow", || {
         let flows = lab.pod_entries(pod, "opening");
-        let opened = |flow: &&Value| flow["value"]["state"] == FLOW_IN;
+        let opened = |flow: &&Value| flow["value"]["flow"]["state"] == FLOW_IN;
         let ports: Vec<Value> = flows
             .iter()
             .filter(opened)

@@ -56,3 +56,47 @@ fn an_entry_of_another_address_allows_nothing() {
         programs.stays(&frame, Reason::NoRule);
     }
 }
+
+#[test]
+fn a_flow_of_another_key_admits_nothing() {
+    for is_established in [true, false] {
+        let mut programs = Programs::new();
+        programs.pin_allow();
+        let to = programs.to(server(1));
+        programs.leaves(&to.tcp(1, PORT, flag::SYN));
+        let later = to.tcp(1, PORT, flag::ACK);
+        if is_established {
+            let answer = programs.by(server(1)).tcp(PORT, 1, flag::SYN | flag::ACK);
+            programs.arrives(&answer);
+            programs.leaves(&later);
+        }
+        programs.rewrite("allow", |_, value| value[32..40].fill(0));
+        programs.leaves(&later);
+        give_flows_another_key(&programs);
+        programs.stays(&later, Reason::Expired);
+    }
+}
+
+#[test]
+fn a_flow_of_another_key_is_not_answered() {
+    let mut programs = Programs::new();
+    let by = programs.by(server(2));
+    programs.arrives(&by.udp(1, 2, b"ask"));
+    let answer = programs.to(server(2)).udp(2, 1, b"tell");
+    programs.leaves(&answer);
+    give_flows_another_key(&programs);
+    programs.stays(&answer, Reason::NoRule);
+}
+
+/// Changes the key that each flow repeats.
+fn give_flows_another_key(programs: &Programs) {
+    let mut changed = 0;
+    for map in ["flows", "inbound", "opening"] {
+        programs.rewrite(map, |key, value| {
+            assert_eq!(value[16..], *key, "the value repeats the key");
+            value[16 + 31] ^= 1;
+            changed += 1;
+        });
+    }
+    assert_ne!(changed, 0);
+}
