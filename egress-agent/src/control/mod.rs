@@ -156,7 +156,9 @@ async fn reconcile_until_stopped(
             () = signals.stop() => return Ok(None),
             () = reconciler.reconcile(&snapshot) => {}
         }
-        snapshots.note_services(reconciler.observer.policies.services_in_force());
+        let claiming = reconciler.settings.claiming();
+        let in_force = reconciler.observer.policies.services_in_force(claiming);
+        snapshots.note_services(in_force);
         if let Some(ended) = threads.ended() {
             return Ok(Some(ended));
         }

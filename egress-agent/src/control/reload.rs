@@ -1,13 +1,10 @@
 //! Changing settings while the agent runs: the cluster's, and those of the configuration file.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use anyhow::{Context as _, Result, bail};
 
-use super::{
-    apply::ranges::{listed, together},
-    reconcile::Reconciler,
-};
+use super::{apply::ranges::listed, reconcile::Reconciler};
 use crate::{
     config::Config,
     pods::{Facts, Snapshot},
@@ -20,13 +17,19 @@ impl Reconciler {
         let (settings, facts) = (&mut self.settings, &source.facts);
         let mut inherited = settings.inherited.clone();
         inherited.retain_unknown(&source.knowledge);
-        if *facts == settings.facts && inherited == settings.inherited {
+        let is_same = *facts == settings.facts && inherited == settings.inherited;
+        if is_same && Arc::ptr_eq(&settings.services, &source.services) {
             return;
         }
         // Noted even if that fails, so that the same facts are not tried again.
         settings.facts.clone_from(facts);
         settings.inherited = inherited;
-        let next = together(&settings.configured, facts, &settings.inherited);
+        settings.services = Arc::clone(&source.services);
+        let (next, claims) = settings.with(&settings.configured);
+        if is_same && claims == settings.claims {
+            return;
+        }
+        settings.claims = claims;
         match self.applier.take_on(settings, next).await {
             Ok(()) => tracing::info!(
                 resolvers = %listed(&settings.config.dns.resolvers),
@@ -69,10 +72,11 @@ impl Reconciler {
                 file.display()
             );
         }
-        let next = together(&configured, &settings.facts, &settings.inherited);
+        let (next, claims) = settings.with(&configured);
         let policies = next.policy_settings();
         self.applier.take_on(settings, next).await?;
         self.observer.policies.change(policies);
+        settings.claims = claims;
         settings.configured = configured;
         Ok(())
     }

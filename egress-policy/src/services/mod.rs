@@ -21,11 +21,13 @@
 //! | `candidates` | which Services a policy may be about |
 //! | [`judge`] | what the policy says of their endpoints |
 //! | [`added`] | the rules that follow |
+//! | `resolvers` | resolvers whose address a Service claims |
 
 pub mod added;
 mod candidates;
 pub mod judge;
 mod places;
+mod resolvers;
 #[cfg(test)]
 mod tests;
 
@@ -44,6 +46,7 @@ pub use added::About;
 use candidates::Index;
 pub use judge::Known;
 pub use places::Places;
+pub use resolvers::Claim;
 
 /// Namespace and name of a Service. Displayed as `shop/web`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

@@ -7,9 +7,10 @@ use std::{
 };
 
 use egress_tests::{
-    Agent, ApiServer, Cluster, ClusterPod, Lab, Pod, TcpEcho, UdpEcho,
-    addresses::{PODS, PODS6, server as outside, server6 as outside6},
+    Agent, ApiServer, Cluster, ClusterPod, Lab, Pod, SHORT, TcpEcho, UdpEcho,
+    addresses::{PODS, PODS6, RESOLVER, RESOLVER6, server as outside, server6 as outside6},
     cluster::{allow, rights},
+    dns::RecordType,
     eventually, exchange, holds,
     rewritten::nft,
 };
@@ -472,4 +473,56 @@ fn an_agent_that_starts_without_the_api_server_knows_which_services_lead_outside
     cluster.proxy.allow();
     agent.wait_ready();
     is_denied(&cluster, &agent, cart.net(), (ip, 80));
+}
+
+#[test]
+fn a_service_with_the_address_of_a_resolver_gets_no_dns() {
+    let claimed = outside(77);
+    let internal = json!([PODS, PODS6, SERVICES, SERVICES6]);
+    let lab = Lab::builder()
+        .config("ranges", json!({ "internal": internal }))
+        .config("dns.resolvers", json!([RESOLVER, RESOLVER6, claimed]));
+    let cluster = Cluster::on(conformance::server(), lab);
+    let dns = cluster.lab.serve_dns(&[claimed]);
+    for name in ["a.shop.test", "b.shop.test", "c.shop.test"] {
+        dns.addresses(name, &[outside(10)]);
+    }
+    let shop = cluster.namespace("shop", &Value::Null);
+    let cart = cluster.run(&shop, "cart", &allow("*.shop.test:443"));
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    let ask = |name: &str| {
+        let at = SocketAddr::from((claimed, 53));
+        let answer = cart.net().try_resolve_at(at, name, RecordType::A, SHORT);
+        answer.is_some()
+    };
+    assert!(ask("a.shop.test"));
+
+    let ports = json!([{ "name": "udp", "port": 53, "protocol": "UDP" }]);
+    let spec = json!({ "ports": ports, "externalIPs": [claimed] });
+    let (service, _, _) = create(&cluster.server, &shop, "dns", &spec);
+    endpoints(&cluster.server, &shop, "dns", &[outside(9)], 53);
+    let problem = || {
+        let (_, status) = cluster.lab.ask_json(&["status"]);
+        let problems = status["problems"].as_array().expect("a list").clone();
+        let of_resolver = format!("resolver {claimed}");
+        let mut problems = problems.into_iter();
+        problems.find(|problem| problem["about"] == of_resolver)
+    };
+    let told = eventually("status tells of the Service", problem);
+    let text = told["message"].as_str().expect("a text");
+    assert!(
+        text.contains(&format!("Service {shop}/dns has this address")),
+        "{text}"
+    );
+    assert!(text.contains(&format!("{}:53", outside(9))), "{text}");
+    assert!(!ask("b.shop.test"));
+    agent.wait_denial("the query", |denial| {
+        denial.dst_ip == Some(claimed) && denial.dst_port == Some(53)
+    });
+    assert_eq!(dns.queries_for("b.shop.test"), 0);
+
+    cluster.server.delete(&service);
+    eventually("the resolver counts again", || holds(problem().is_none()));
+    assert!(ask("c.shop.test"));
 }

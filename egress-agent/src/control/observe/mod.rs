@@ -56,7 +56,7 @@ use crate::{
 };
 pub(in crate::control) use fallback::Present;
 
-use egress_policy::{Compiled, Mode, Objects};
+use egress_policy::{Compiled, Mode, Objects, services::Claim};
 use exits::PodExits;
 use locations::{Location, PodLocation, PodLocations};
 use machine::Machine;
@@ -215,6 +215,14 @@ impl Observer {
         }
         if let Some((about, what)) = self.taps.of_node() {
             problems.set(About::Node(about), what);
+        }
+        for (resolver, Claim { service, endpoint }) in &settings.claims {
+            let what = format!(
+                "Service {service} has this address among its external ones and leads to {endpoint}, which is no \
+                 resolver. DNS to and from the address is not held, and nothing is learned from it. Remove the address \
+                 from the Service, or name the endpoint in dns.resolvers"
+            );
+            problems.set(About::node(format!("resolver {resolver}")), what);
         }
         let pods = pods.into_iter().filter_map(|(subject, pod)| {
             let location = locations.remove(&subject)?;

@@ -7,7 +7,7 @@ use crate::{pods::Pod, report::Subject, serve::Written};
 use egress_policy::{
     Annotations, Compiled, Objects, Settings,
     services::{
-        Known, Places, Services,
+        Known, Places, ServiceName, Services,
         judge::{ByService, needed},
     },
 };
@@ -135,13 +135,14 @@ impl Policies {
         }
     }
 
-    /// The Services that policies name.
-    pub(in crate::control) fn services_in_force(&self) -> Services {
+    /// The Services that policies name, and these.
+    pub(in crate::control) fn services_in_force<'a>(
+        &'a self,
+        others: impl Iterator<Item = &'a Arc<ServiceName>>,
+    ) -> Services {
         let all = self.pods.values();
-        let names = all
-            .flat_map(|reading| reading.for_services.keys())
-            .collect();
-        self.services.only(&names)
+        let named = all.flat_map(|reading| reading.for_services.keys());
+        self.services.only(&named.chain(others).collect())
     }
 
     /// Compiles with other settings from now on.

@@ -30,7 +30,7 @@ use crate::{
     },
     datapath::Adoptable,
     host::Exits,
-    pods::{Facts, ObjectsOf, Pod},
+    pods::{ObjectsOf, Pod, Snapshot},
     report::Subject,
 };
 use egress_policy::{Annotations, Compiled, Inputs, objects::Objects};
@@ -75,7 +75,7 @@ impl Scene {
         let config = Config::from_yaml(&text).expect("a configuration");
         let policy_settings = config.policy_settings();
         Self {
-            settings: Settings::new(config, Facts::default(), Inherited::default()),
+            settings: Settings::new(config, &Snapshot::default(), Inherited::default()),
             policy_settings,
             began: Instant::now(),
             pods: BTreeMap::new(),

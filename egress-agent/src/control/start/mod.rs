@@ -188,7 +188,7 @@ pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Op
     } else {
         Inherited::default()
     };
-    let settings = Settings::new(configured.clone(), first.facts.clone(), inherited);
+    let settings = Settings::new(configured.clone(), &first, inherited);
     datapath.put_in_force(&settings.config.tunnels(), &settings.config.ranges())?;
     take_over_interfaces(&mut datapath, &left)?;
 

@@ -1,0 +1,142 @@
+//! Resolvers whose address a Service claims.
+//!
+//! Who writes a Service may choose its external addresses, also that of a resolver. The node then sends queries to the
+//! Service's endpoints, which could give any address to an allowed name.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::SocketAddr,
+    sync::Arc,
+};
+
+use super::{ServiceName, Services, Transport};
+use crate::Resolver;
+
+/// A Service that has the address and port of a resolver among its external ones.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// The Service.
+    pub service: Arc<ServiceName>,
+    /// An endpoint of it that is no resolver.
+    pub endpoint: SocketAddr,
+}
+
+impl Services {
+    /// The claimed ones of these resolvers. A Service whose endpoints are all among the resolvers claims none, such as a
+    /// second Service of the cluster's DNS. Of several Services the first by name is returned.
+    pub fn claims(&self, resolvers: &[Resolver]) -> BTreeMap<Resolver, Claim> {
+        let mut ports_of: HashMap<_, Vec<u16>> = HashMap::new();
+        for resolver in resolvers {
+            ports_of
+                .entry(resolver.address)
+                .or_default()
+                .push(resolver.port);
+        }
+        let is_resolver = |endpoint: &&SocketAddr| {
+            let ports = ports_of.get(&endpoint.ip());
+            ports.is_some_and(|ports| ports.contains(&endpoint.port()))
+        };
+        let mut claims = BTreeMap::new();
+        for service in self.all() {
+            for &address in &service.external {
+                let Some(ports) = ports_of.get(&address) else {
+                    continue;
+                };
+                let claiming = service
+                    .ports
+                    .iter()
+                    .filter(|port| ports.contains(&port.port) && port.transport != Transport::Sctp);
+                for port in claiming {
+                    let mut endpoints = port.endpoints.iter();
+                    let Some(&endpoint) = endpoints.find(|endpoint| !is_resolver(endpoint)) else {
+                        continue;
+                    };
+                    let resolver = Resolver {
+                        address,
+                        port: port.port,
+                    };
+                    claims.entry(resolver).or_insert_with(|| Claim {
+                        service: Arc::clone(&service.name),
+                        endpoint,
+                    });
+                }
+            }
+        }
+        claims
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::services::{Service, ServicePort};
+
+    const DNS: &str = "10.96.0.10";
+
+    fn resolvers() -> Vec<Resolver> {
+        let all = [DNS, "10.1.0.2", "10.1.0.3:5353", "192.0.2.53"];
+        all.map(|text| text.parse().unwrap()).into()
+    }
+
+    fn service(external: &str, transport: Transport, port: u16, endpoints: &[&str]) -> Services {
+        let endpoints = endpoints.iter().map(|endpoint| endpoint.parse().unwrap());
+        let service = Service {
+            name: Arc::new(ServiceName {
+                namespace: "team".into(),
+                name: "dns".into(),
+            }),
+            cluster: vec!["10.96.3.3".parse().unwrap()],
+            external: vec![external.parse().unwrap()],
+            ports: vec![ServicePort {
+                transport,
+                port,
+                node_port: None,
+                endpoints: endpoints.collect(),
+            }],
+        };
+        Services::new([Arc::new(service)], Vec::new())
+    }
+
+    #[test]
+    fn a_service_with_a_resolvers_address_claims_it() {
+        for transport in [Transport::Udp, Transport::Tcp] {
+            for address in [DNS, "192.0.2.53"] {
+                let endpoints = ["10.1.0.2:53", "10.1.9.9:53"];
+                let claims = service(address, transport, 53, &endpoints).claims(&resolvers());
+                let [(resolver, claim)] = &claims.into_iter().collect::<Vec<_>>()[..] else {
+                    panic!("{address} is claimed");
+                };
+                assert_eq!(resolver.to_string(), address);
+                assert_eq!(claim.service.to_string(), "team/dns");
+                assert_eq!(claim.endpoint.to_string(), "10.1.9.9:53");
+            }
+        }
+    }
+
+    #[test]
+    fn a_service_that_leads_to_resolvers_claims_nothing() {
+        let endpoints = ["10.1.0.2:53", "10.1.0.3:5353"];
+        let services = service(DNS, Transport::Udp, 53, &endpoints);
+        assert_eq!(services.claims(&resolvers()), BTreeMap::new());
+    }
+
+    #[test]
+    fn another_port_or_address_claims_nothing() {
+        let endpoints = ["10.1.9.9:53"];
+        for (address, transport, port) in [
+            (DNS, Transport::Udp, 443),
+            (DNS, Transport::Sctp, 53),
+            ("10.1.0.3", Transport::Udp, 53),
+            ("192.0.2.54", Transport::Udp, 53),
+        ] {
+            let services = service(address, transport, port, &endpoints);
+            assert_eq!(services.claims(&resolvers()), BTreeMap::new());
+        }
+    }
+
+    #[test]
+    fn a_service_without_endpoints_claims_nothing() {
+        let services = service(DNS, Transport::Udp, 53, &[]);
+        assert_eq!(services.claims(&resolvers()), BTreeMap::new());
+    }
+}
