@@ -1,4 +1,4 @@
-//! What is read, and what is said of the rest.
+//! Which inputs are read, and the messages about the rest.
 
 use egress_import::{Imported, Input, Options, Severity, import};
 

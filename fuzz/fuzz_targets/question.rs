@@ -1,4 +1,4 @@
-//! What is said of a question is what another reader of DNS says of it.
+//! Compares how the agent reads a query with how another DNS library reads it.
 #![no_main]
 
 use egress_dns::{Refusal, read_answer, read_question, refuse};

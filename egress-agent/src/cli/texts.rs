@@ -121,7 +121,7 @@ impl Reading<'_> {
         if self.texts.len() >= files {
             self.is_full = true;
             self.errors.push(anyhow::anyhow!(
-                "{name}: is not read, nor what follows: there are more than {files} files; give fewer at a time"
+                "{name}: not read, like everything after it: there are more than {files} files; give fewer at a time"
             ));
             return;
         }
@@ -148,7 +148,7 @@ impl Reading<'_> {
         let Some(left) = self.left.checked_sub(length) else {
             self.is_full = true;
             bail!(
-                "{name}: is not read, nor what follows: all files together are longer than {} MiB; give fewer at a \
+                "{name}: not read, like everything after it: all files together are longer than {} MiB; give fewer at a \
                  time",
                 self.limits.all >> 20
             );
@@ -230,7 +230,7 @@ mod tests {
         read(
             directory.path(),
             2,
-            "c.yaml: is not read, nor what follows: all files together are longer than 2 MiB",
+            "c.yaml: not read, like everything after it: all files together are longer than 2 MiB",
         );
     }
 
@@ -248,7 +248,7 @@ mod tests {
         read(
             directory.path(),
             3,
-            "3.yaml: is not read, nor what follows: there are more than 3 files",
+            "3.yaml: not read, like everything after it: there are more than 3 files",
         );
     }
 }

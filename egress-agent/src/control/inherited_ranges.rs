@@ -9,7 +9,7 @@
 
 use egress_common::records::{RANGE_INTERNAL, RANGE_RESOLVER, RANGE_SERVICES};
 
-use super::apply::ranges::{listed, together};
+use super::apply::ranges::{listed, with_facts};
 use crate::{
     config::Config,
     datapath::{RangeEntry, prefix_of},
@@ -44,7 +44,7 @@ impl Inherited {
     }
 
     fn of(configured: &Config, facts: &Facts, in_force: &[RangeEntry]) -> Self {
-        let known = together(configured, facts, &Self::default());
+        let known = with_facts(configured, facts, &Self::default());
         let mut inherited = Self::default();
         let mut in_force = in_force.to_vec();
         // Wider prefixes first: an entry has the kinds of all prefixes that contain it.
@@ -121,11 +121,11 @@ mod tests {
         );
         let none = Inherited::default();
         let configured = config("protected: [10.1.9.0/24]");
-        let in_force = together(&configured, &earlier, &none).ranges();
+        let in_force = with_facts(&configured, &earlier, &none).ranges();
         let inherited = Inherited::of(&configured, &Facts::default(), &in_force);
-        let together = together(&configured, &Facts::default(), &inherited);
+        let all = with_facts(&configured, &Facts::default(), &inherited);
         for (network, prefix_len, range) in in_force {
-            let found = together.ranges().into_iter().rfind(|&(other, length, _)| {
+            let found = all.ranges().into_iter().rfind(|&(other, length, _)| {
                 let covers = |prefix: Prefix| {
                     prefix
                         .covers(&prefix_of(&network, prefix_len)?)
@@ -143,7 +143,7 @@ mod tests {
     fn what_configuration_and_facts_name_is_not_inherited() {
         let configured = config("internal: [10.1.0.0/16], protected: [203.0.113.9/32]");
         let known = facts(&["192.168.0.5"], &["10.1.0.10"]);
-        let in_force = together(&configured, &known, &Inherited::default()).ranges();
+        let in_force = with_facts(&configured, &known, &Inherited::default()).ranges();
         assert!(Inherited::of(&configured, &known, &in_force).is_empty());
         let without = config("internal: [10.1.0.0/16]");
         assert!(
@@ -185,7 +185,7 @@ mod tests {
         let services = Prefix::parse("10.96.0.0/12").expect("a prefix");
         earlier.services.insert(services);
         let configured = config("");
-        let in_force = together(&configured, &earlier, &Inherited::default()).ranges();
+        let in_force = with_facts(&configured, &earlier, &Inherited::default()).ranges();
         let inherited = Inherited::of(&configured, &Facts::default(), &in_force);
         assert_eq!(inherited.services, [services]);
         assert_eq!(inherited.internal.len(), 2);

@@ -30,7 +30,7 @@ impl Reconciler {
             return;
         }
         settings.claims = claims;
-        match self.applier.take_on(settings, next).await {
+        match self.applier.put_in_force(settings, next).await {
             Ok(()) => tracing::info!(
                 resolvers = %listed(&settings.config.dns.resolvers),
                 internal = settings.config.ranges.internal.len(),
@@ -74,7 +74,7 @@ impl Reconciler {
         }
         let (next, claims) = settings.with(&configured);
         let policies = next.policy_settings();
-        self.applier.take_on(settings, next).await?;
+        self.applier.put_in_force(settings, next).await?;
         self.observer.policies.change(policies);
         settings.claims = claims;
         settings.configured = configured;

@@ -39,7 +39,7 @@ impl Settings {
     /// The settings that the agent starts with.
     pub(super) fn new(configured: Config, first: &Snapshot, inherited: Inherited) -> Self {
         let (facts, services) = (first.facts.clone(), Arc::clone(&first.services));
-        let (config, claims) = combined(&configured, &facts, &inherited, &services);
+        let (config, claims) = combine(&configured, &facts, &inherited, &services);
         Self {
             ranges: RangesVersion::first(&config),
             places: Arc::new(config.places()),
@@ -54,7 +54,7 @@ impl Settings {
 
     /// The same with another configuration of the operator.
     pub(super) fn with(&self, configured: &Config) -> (Config, Claims) {
-        combined(configured, &self.facts, &self.inherited, &self.services)
+        combine(configured, &self.facts, &self.inherited, &self.services)
     }
 
     /// The Services that claim resolvers.
@@ -63,13 +63,13 @@ impl Settings {
     }
 }
 
-fn combined(
+fn combine(
     configured: &Config,
     facts: &Facts,
     inherited: &Inherited,
     services: &Services,
 ) -> (Config, Claims) {
-    let mut config = ranges::together(configured, facts, inherited);
+    let mut config = ranges::with_facts(configured, facts, inherited);
     let claims = services.claims(&config.dns.resolvers);
     let resolvers = &mut config.dns.resolvers;
     resolvers.retain(|resolver| !claims.contains_key(resolver));

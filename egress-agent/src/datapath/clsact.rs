@@ -11,7 +11,7 @@ use egress_common::ids::IfIndex;
 
 use super::{
     Datapath, ingress,
-    links::{Hook, Standing},
+    links::{Hook, Position},
     traffic_control::{BpfFilter, Filter, Side, TrafficControl},
 };
 
@@ -77,7 +77,7 @@ impl Datapath {
     }
 
     /// The position of the program among the filters of its side.
-    pub(super) fn clsact_standing(&mut self, ifindex: IfIndex, hook: Hook) -> Result<Standing> {
+    pub(super) fn clsact_position(&mut self, ifindex: IfIndex, hook: Hook) -> Result<Position> {
         let mut tc = TrafficControl::open().context("cannot open a netlink socket")?;
         let program = self.program(hook)?.info()?.id();
         let filters = tc.filters(ifindex, hook.side())?;
@@ -85,9 +85,9 @@ impl Datapath {
         let first = filters.next();
         let is_ours = |filter: &Filter| filter.program() == Some(program);
         Ok(match first {
-            Some(first) if is_ours(first) => Standing::First,
-            Some(first) if filters.any(is_ours) => Standing::Behind(describe(first)),
-            _ => Standing::Missing,
+            Some(first) if is_ours(first) => Position::First,
+            Some(first) if filters.any(is_ours) => Position::Behind(describe(first)),
+            _ => Position::Missing,
         })
     }
 

@@ -63,7 +63,7 @@ impl Hook {
 
 /// The position of one of the programs on an interface's hook.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Standing {
+pub enum Position {
     /// In front of all others.
     First,
     /// Behind the program that the text describes.
@@ -152,15 +152,15 @@ impl Datapath {
     /// # Errors
     ///
     /// When the interface does not exist or the kernel does not answer.
-    pub fn standing(&mut self, ifindex: IfIndex, hook: Hook) -> Result<Standing> {
+    pub fn position(&mut self, ifindex: IfIndex, hook: Hook) -> Result<Position> {
         if self.attach != Attach::Clsact {
-            return self.tcx_standing(ifindex, hook);
+            return self.tcx_position(ifindex, hook);
         }
         // tcx programs run before every filter. Kernels without tcx reject the query.
         let before = tcx::programs(ifindex, hook).unwrap_or_default();
         match before.first() {
-            Some((_, name)) => Ok(Standing::Behind(format!("the tcx program `{name}`"))),
-            None => self.clsact_standing(ifindex, hook),
+            Some((_, name)) => Ok(Position::Behind(format!("the tcx program `{name}`"))),
+            None => self.clsact_position(ifindex, hook),
         }
     }
 

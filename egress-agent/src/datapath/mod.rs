@@ -48,7 +48,7 @@ pub use interfaces::{Adoptable, InterfaceMap};
 pub use learning::{Decided, DnsTimesMap, LearningMaps, PendingMap};
 pub use link_hardware::LinkHardwareMap;
 pub use link_owners::LinkOwners;
-pub use links::{Attach, Hook, Standing};
+pub use links::{Attach, Hook, Position};
 pub use loading::Marks;
 pub use names::{Kept, NameMap, NamesError};
 pub use node_addresses::NodeAddressMap;

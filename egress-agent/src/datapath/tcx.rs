@@ -15,7 +15,7 @@ use egress_common::ids::IfIndex;
 
 use super::{
     Datapath,
-    links::{Hook, Standing},
+    links::{Hook, Position},
     pins::remove_if_there,
 };
 use crate::host::interface_name;
@@ -48,16 +48,16 @@ impl Datapath {
     }
 
     /// The position of the program on its hook.
-    pub(super) fn tcx_standing(&mut self, ifindex: IfIndex, hook: Hook) -> Result<Standing> {
+    pub(super) fn tcx_position(&mut self, ifindex: IfIndex, hook: Hook) -> Result<Position> {
         let program = self.program(hook)?.info()?.id();
         let attached = programs(ifindex, hook)?;
         let mut attached = attached.iter();
         Ok(match attached.next() {
-            Some((first, _)) if *first == program => Standing::First,
+            Some((first, _)) if *first == program => Position::First,
             Some((_, name)) if attached.any(|(id, _)| *id == program) => {
-                Standing::Behind(format!("the tcx program `{name}`"))
+                Position::Behind(format!("the tcx program `{name}`"))
             }
-            _ => Standing::Missing,
+            _ => Position::Missing,
         })
     }
 

@@ -51,7 +51,7 @@ pub fn read_for_check<'a>(texts: impl IntoIterator<Item = (&'a str, &'a str)>) -
             too_many = Some(Problem {
                 origin: name.to_owned(),
                 message: format!(
-                    "is not read, nor what follows: there are more than {DOCUMENTS} YAML documents; check fewer \
+                    "not read, like everything after it: there are more than {DOCUMENTS} YAML documents; check fewer \
                      files at a time"
                 ),
             });

@@ -99,12 +99,12 @@ impl SourcedFacts {
         }
     }
 
-    /// All of them together.
-    pub fn together(&self) -> Facts {
-        let mut together = Facts::default();
+    /// All of them, merged.
+    pub fn merged(&self) -> Facts {
+        let mut merged = Facts::default();
         for facts in self.0.values() {
-            together.add_missing(facts);
+            merged.add_missing(facts);
         }
-        together
+        merged
     }
 }

@@ -87,7 +87,7 @@ fn the_roles_of_the_manifests_are_sufficient() {
     // Without the times, in which any number may stand.
     let log = agent.stderr().to_lowercase();
     let lines = log.lines().filter_map(|line| line.split_once(' '));
-    let log: Vec<&str> = lines.map(|(_, said)| said).collect();
+    let log: Vec<&str> = lines.map(|(_, text)| text).collect();
     let log = log.join("\n");
     for refused in ["forbidden", "403", "unauthorized"] {
         assert!(!log.contains(refused), "{refused}:\n{log}");

@@ -403,12 +403,12 @@ fn without_connection_tracking_inbound_connections_are_judged_and_counted() {
     let mut inbound = Inbound::open(&lab, &cart, 8080);
     let agent = lab.start_agent(&[&cart]);
     assert_reset(&mut inbound.server);
-    let said = agent.wait_log("that it is judged", |line| {
+    let text = agent.wait_log("that it is judged", |line| {
         line.contains("are judged as the")
     });
     assert!(
-        said.contains("WARN") && said.contains("connections=1") && said.contains("has no entry"),
-        "{said}"
+        text.contains("WARN") && text.contains("connections=1") && text.contains("has no entry"),
+        "{text}"
     );
     wait_existing(
         &lab,

@@ -86,8 +86,8 @@ fn above_the_limit_the_inbound_connections_idle_longest_are_evicted() {
         std::thread::sleep(Duration::from_millis(30));
     }
 
-    agent.wait_log("that connections gave way", |line| {
-        line.contains("inbound connections that were silent for longest gave way")
+    agent.wait_log("that connections were evicted", |line| {
+        line.contains("have evicted the inbound connections that were silent for longest")
     });
     let newest = connections.len() - 8;
     for connection in &mut connections[newest..] {

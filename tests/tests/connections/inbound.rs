@@ -129,8 +129,8 @@ fn a_flood_of_datagrams_leaves_the_pod_reachable() {
         "an established connection was lost"
     );
     assert!(exchange(&mut outbound, b"still here", DEADLINE));
-    agent.wait_log("who gave way", |line| {
-        line.contains("gave way to newer ones")
+    agent.wait_log("whose flows were evicted", |line| {
+        line.contains("have evicted flows that were not established")
     });
 }
 

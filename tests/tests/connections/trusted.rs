@@ -105,10 +105,10 @@ fn without_a_writable_state_directory_nothing_is_trusted() {
     let (_web, cart) = lab.shop_and_cart("shop.test:443");
     let mut out = cart.talks_tcp((server(20), 443));
     let agent = lab.start_agent(&[&cart]);
-    let said = agent.wait_log("that it is not trusted", |line| {
+    let text = agent.wait_log("that it is not trusted", |line| {
         line.contains("ERROR") && line.contains("existingConnections: trust is not used")
     });
-    assert!(said.contains(file.to_str().unwrap()), "{said}");
+    assert!(text.contains(file.to_str().unwrap()), "{text}");
     assert_reset(&mut out);
     wait_existing(&lab, &[("outbound", json!("judged"))]);
 }

@@ -56,8 +56,8 @@ fn compiled(lab: &Lab, compiler: &str, flags: &[&str]) -> PathBuf {
         .arg(&source)
         .output()
         .unwrap_or_else(|e| panic!("{compiler}: {e}; `cargo xtask setup` installs it"));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{compiler}: {said}");
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{compiler}: {text}");
     program
 }
 
@@ -105,16 +105,16 @@ impl Scene {
     #[track_caller]
     fn assert_search_lists_reach_the_right_name(&self, program: &Path) {
         let _servers = [self.lab.serve_tcp(443), self.lab.serve_tcp(5432)];
-        let said = self.run_lookup(program, &["web.example"]);
+        let text = self.run_lookup(program, &["web.example"]);
         for address in [server(10), server6(10)] {
-            assert!(said.contains(&address.to_string()), "{said}");
+            assert!(text.contains(&address.to_string()), "{text}");
             self.pod.talks_tcp((address, 443));
         }
-        let said = self.run_lookup(program, &["db"]);
-        assert!(said.contains(&server(30).to_string()), "{said}");
+        let text = self.run_lookup(program, &["db"]);
+        assert!(text.contains(&server(30).to_string()), "{text}");
         self.pod.talks_tcp((server(30), 5432));
-        let said = self.run_lookup(program, &["evil.example"]);
-        assert!(!said.contains("203.0.113."), "{said}");
+        let text = self.run_lookup(program, &["evil.example"]);
+        assert!(!text.contains("203.0.113."), "{text}");
         self.agent.wait_denial("the name itself", |d| {
             d.is_question(&self.pod, "evil.example")
         });

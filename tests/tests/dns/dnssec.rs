@@ -85,8 +85,8 @@ fn run(lab: &Lab, program: &str, arguments: &[&str]) {
         .current_dir(lab.directory())
         .output()
         .unwrap_or_else(|e| panic!("{program}: {e}; `cargo xtask setup` installs it"));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program}: {said}");
+    let printed = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program}: {printed}");
 }
 
 /// Signs [`ZONE`] with a new key; returns the file with the key to trust.
@@ -134,16 +134,19 @@ fn a_pod_validates_signatures_through_the_gate() {
         ("none.test", "A", None),
         ("shop.test", "AAAA", None),
     ] {
-        let said = scene.delv(name, qtype);
-        assert!(said.contains("fully validated"), "{name} {qtype}: {said}");
+        let printed = scene.delv(name, qtype);
+        assert!(
+            printed.contains("fully validated"),
+            "{name} {qtype}: {printed}"
+        );
         if let Some(address) = address {
-            assert!(said.contains(&address.to_string()), "{name}: {said}");
+            assert!(printed.contains(&address.to_string()), "{name}: {printed}");
             scene.pod.talks_tcp((address, 443));
         }
     }
     // The agent makes the refusal itself, so it has no signature and does not validate.
-    let said = scene.delv("evil.test", "A");
-    assert!(!said.contains("fully validated"), "{said}");
+    let printed = scene.delv("evil.test", "A");
+    assert!(!printed.contains("fully validated"), "{printed}");
     scene
         .agent
         .wait_denial("the name", |d| d.is_question(&scene.pod, "evil.test"));

@@ -136,7 +136,7 @@ const WAYS: [(&str, Change); 5] = [
     }),
 ];
 
-/// What a pod saw, and what the agent kept and said.
+/// What a pod saw, what the agent kept, and what it reported.
 #[derive(Debug, Default)]
 struct Outcome {
     /// Each query with its response, without lifetimes and the order of records.

@@ -66,8 +66,8 @@ fn run_in(namespace: &Namespace, program: &str, arguments: &[&str]) {
     let mut command = Command::new(program);
     let output = namespace.run(|| command.args(arguments).output());
     let output = output.unwrap_or_else(|e| panic!("{program}: {e}"));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {arguments:?}: {said}");
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {arguments:?}: {text}");
 }
 
 /// Sends a query over a multipath TCP socket, calls `between`, and sends another query.

@@ -61,10 +61,10 @@ impl Scene {
     fn assert_resolves(&self, options: &str, command: impl Fn(&str) -> Command) {
         let found = self.run(options, &command("big.test"));
         let printed = String::from_utf8_lossy(&found.stdout);
-        let said = String::from_utf8_lossy(&found.stderr);
+        let complaint = String::from_utf8_lossy(&found.stderr);
         assert!(
             printed.contains("203.0.113.10") && printed.contains("2001:db8::a"),
-            "{printed}{said}"
+            "{printed}{complaint}"
         );
         let questions = self.lab.dns().questions();
         assert!(

@@ -100,22 +100,22 @@ fn an_invalid_configuration_is_refused_and_changes_nothing() {
     let good = fs::read_to_string(lab.config_file()).expect("the configuration");
     let broken = good.replace("10.99.0.53", "10.99.0.530");
     fs::write(lab.config_file(), &broken).expect("write the configuration");
-    let said = agent.refuses_to_reload();
+    let text = agent.refuses_to_reload();
     for expected in [
         "dns.resolvers",
         "10.99.0.530",
         "is not an IP address",
         "line",
     ] {
-        assert!(said.contains(expected), "{expected} is missing: {said}");
+        assert!(text.contains(expected), "{expected} is missing: {text}");
     }
     fs::remove_file(lab.config_file()).expect("remove the configuration");
-    let said = agent.refuses_to_reload();
-    assert!(said.contains("cannot read the configuration"), "{said}");
+    let text = agent.refuses_to_reload();
+    assert!(text.contains("cannot read the configuration"), "{text}");
     fs::write(lab.config_file(), &good).expect("write the configuration");
     lab.edit_config("limits.addressesPerPod", 7);
-    let said = agent.refuses_to_reload();
-    assert!(said.contains("limits cannot change"), "{said}");
+    let text = agent.refuses_to_reload();
+    assert!(text.contains("limits cannot change"), "{text}");
 
     assert_eq!(pod.lookup("shop.test"), [server(1)]);
     pod.talks_tcp((server(1), 443));
@@ -206,7 +206,7 @@ fn unanswered_queries_are_reported() {
     for id in 0..20 {
         socket.ask(RESOLVER, id, "a.shop.test", RecordType::A);
     }
-    agent.wait_log("that no answer comes by", |line| {
-        line.contains("no answer comes by") && line.contains("shop/cart")
+    agent.wait_log("that no response arrives", |line| {
+        line.contains("no response arrives") && line.contains("shop/cart")
     });
 }

@@ -53,8 +53,8 @@ fn limit(cluster: &Cluster, net: &Pod) -> Result<(), String> {
         .expect("the plugin reads its configuration");
     drop(stdin);
     let output = child.wait_with_output().expect("the plugin ends");
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    output.status.success().then_some(()).ok_or(said)
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    output.status.success().then_some(()).ok_or(text)
 }
 
 fn sandbox(net: &Pod) -> String {
@@ -155,8 +155,8 @@ fn check_limited_pod(attach: &str) {
         let net = cluster.lab.pod(&shop, name);
         // The interface exists, and the remaining plugins of the chain have not run yet.
         wait_reconciled_twice(&cluster);
-        if let Err(said) = limit(&cluster, &net) {
-            panic!("the pod does not start: {said}");
+        if let Err(text) = limit(&cluster, &net) {
+            panic!("the pod does not start: {text}");
         }
         let pod = run(&cluster, &shop, net, &annotations);
         if annotations.is_null() {

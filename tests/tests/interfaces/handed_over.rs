@@ -74,10 +74,10 @@ fn nothing_arrives(
     (sender, sink): (&Sender, &UdpEcho),
     what: &str,
     change: impl FnOnce(),
-    said: impl FnMut(&str) -> bool,
+    printed: impl FnMut(&str) -> bool,
 ) {
     let before = arrived(sink);
-    agent.logs_after(what, change, said);
+    agent.logs_after(what, change, printed);
     sender.goes_on(50);
     assert_eq!(arrived(sink) - before, 0, "datagrams arrived: {what}");
 }
@@ -148,8 +148,8 @@ fn nothing_denied_leaves_while_pods_are_recreated_or_renamed() {
     let _web = lab.serve_tcp(443);
     last.talks_tcp((server(10), 443));
     eventually("the former pods are removed", || {
-        let said = agent.stderr();
-        holds(said.matches("removed").count() >= 27)
+        let printed = agent.stderr();
+        holds(printed.matches("removed").count() >= 27)
     });
 }
 

@@ -40,10 +40,10 @@ fn check(lab: &Lab, files: &[&str]) -> (Option<i32>, String) {
         .arg("check")
         .args(files.iter().map(|file| lab.pods_dir().join(file)));
     let output = command.output().expect("the agent's program runs");
-    let said = [output.stdout, output.stderr].concat();
+    let printed = [output.stdout, output.stderr].concat();
     (
         output.status.code(),
-        String::from_utf8_lossy(&said).into_owned(),
+        String::from_utf8_lossy(&printed).into_owned(),
     )
 }
 
@@ -147,12 +147,12 @@ fn a_new_pod_with_an_unreadable_annotation_is_closed() {
         .lab
         .write_pod(&broken, &[("allow", "shop.test:443\nshop.test:99999")]);
     let agent = scene.lab.start_agent(&[&scene.pod, &broken]);
-    let said = agent.wait_log("what cannot be read, and where", |line| {
+    let printed = agent.wait_log("what cannot be read, and where", |line| {
         line.contains("shop/broken") && line.contains("egress-agent.dev/allow")
     });
     assert!(
-        said.contains("99999"),
-        "it does not say what was found: {said}"
+        printed.contains("99999"),
+        "it does not say what was found: {printed}"
     );
     let denial = agent.denies_tcp(&broken, (server(10), 443), "policy_unreadable");
     let policy = &denial.line["policy"];
@@ -197,7 +197,7 @@ fn a_running_pod_whose_annotation_becomes_unreadable_keeps_its_last_good_policy(
 fn an_unreadable_mode_is_an_error_too() {
     let scene = Scene::new();
     let agent = scene.lab.start_agent(&[&scene.pod]);
-    let said = agent.logs_after(
+    let printed = agent.logs_after(
         "what cannot be read",
         || {
             scene
@@ -206,7 +206,7 @@ fn an_unreadable_mode_is_an_error_too() {
         },
         |line| line.contains("shop/fine") && line.contains("egress-agent.dev/mode"),
     );
-    assert!(said.contains("offf"), "{said}");
+    assert!(printed.contains("offf"), "{printed}");
     scene.pod.reaches_only_shop();
 }
 
@@ -221,10 +221,10 @@ fn a_policy_over_a_limit_is_an_error_and_is_not_truncated() {
         .lab
         .write_pod(&large, &[("allow", &entries.join("\n"))]);
     let agent = scene.lab.start_agent(&[&scene.pod, &large]);
-    let said = agent.wait_log("which limit", |line| {
+    let printed = agent.wait_log("which limit", |line| {
         line.contains("shop/large") && line.contains("the limit is 128")
     });
-    assert!(!said.is_empty());
+    assert!(!printed.is_empty());
     agent.denies_tcp(&large, (server(10), 400), "policy_unreadable");
     scene.pod.reaches_only_shop();
 }
@@ -245,14 +245,14 @@ fn an_invalid_configuration_is_refused_with_the_key() {
         let lab = Lab::builder().without_dns().config(key, value).build();
         let mut agent = lab.spawn_agent(&[]);
         assert!(!agent.wait_end().success(), "{key}");
-        let said = agent.stderr();
+        let printed = agent.stderr();
         assert!(
-            said.contains(expected),
-            "{key}: it does not name {expected}: {said}"
+            printed.contains(expected),
+            "{key}: it does not name {expected}: {printed}"
         );
         assert!(
-            said.contains("config.yaml"),
-            "{key}: it does not name the file: {said}"
+            printed.contains("config.yaml"),
+            "{key}: it does not name the file: {printed}"
         );
     }
 }
@@ -272,19 +272,25 @@ fn check_explains_a_manifest_or_locates_its_error() {
     let (good, bad) = (lab.pod("shop", "good"), lab.pod("shop", "bad"));
     lab.write_pod(&good, &[("allow", "shop.test:443 203.0.113.0/24:22/tcp")]);
     lab.write_pod(&bad, &[("allow", "shop.test:443\nshop.test:none")]);
-    let (code, said) = check(&lab, &[&lab.pod_file(&good)]);
-    assert_eq!(code, Some(0), "{said}");
+    let (code, printed) = check(&lab, &[&lab.pod_file(&good)]);
+    assert_eq!(code, Some(0), "{printed}");
     for expected in ["shop/good", "shop.test", "203.0.113.0/24", "443", "22"] {
-        assert!(said.contains(expected), "{expected} is missing: {said}");
+        assert!(
+            printed.contains(expected),
+            "{expected} is missing: {printed}"
+        );
     }
-    let (code, said) = check(&lab, &[&lab.pod_file(&good), &lab.pod_file(&bad)]);
-    assert_eq!(code, Some(1), "{said}");
+    let (code, printed) = check(&lab, &[&lab.pod_file(&good), &lab.pod_file(&bad)]);
+    assert_eq!(code, Some(1), "{printed}");
     for expected in ["shop/bad", "egress-agent.dev/allow", "none"] {
-        assert!(said.contains(expected), "{expected} is missing: {said}");
+        assert!(
+            printed.contains(expected),
+            "{expected} is missing: {printed}"
+        );
     }
-    let (code, said) = check(&lab, &["missing.yaml"]);
-    assert_eq!(code, Some(1), "{said}");
-    assert!(said.contains("missing.yaml"), "{said}");
+    let (code, printed) = check(&lab, &["missing.yaml"]);
+    assert_eq!(code, Some(1), "{printed}");
+    assert!(printed.contains("missing.yaml"), "{printed}");
 }
 
 #[test]
@@ -294,8 +300,8 @@ fn each_problem_of_a_checked_manifest_has_its_line_and_carets_under_it() {
     let allow = "shop.test:443\n\tshop.test:none # a comment\nbücher.test:443, 日本.test:0";
     lab.write_pod(&bad, &[("allow", allow), ("mode", "offf")]);
     let file = lab.pod_file(&bad);
-    let (code, said) = check(&lab, &[&file]);
-    assert_eq!(code, Some(1), "{said}");
+    let (code, printed) = check(&lab, &[&file]);
+    assert_eq!(code, Some(1), "{printed}");
     let about = format!("{}:1: shop/bad", lab.pods_dir().join(file).display());
     let expected = format!(
         "\
@@ -312,7 +318,7 @@ to 65535, or a range such as 8000-8100
     | ^^^^
 "
     );
-    assert_eq!(said, expected);
+    assert_eq!(printed, expected);
 }
 
 #[test]

@@ -28,9 +28,9 @@ impl Scene {
         let (lab, [greedy, neighbour]) = Self::pods();
         let agent = lab.spawn_agent_unread(environment);
         eventually("both pods are enforced", || {
-            let said = lab.ask(&["status"]).stdout;
-            let said = String::from_utf8_lossy(&said).into_owned();
-            let lines = said.lines().filter(|line| line.contains("enforce"));
+            let text = lab.ask(&["status"]).stdout;
+            let text = String::from_utf8_lossy(&text).into_owned();
+            let lines = text.lines().filter(|line| line.contains("enforce"));
             holds(lines.filter(|line| line.contains("shop/")).count() == 2)
         });
         Self {

@@ -45,11 +45,11 @@ fn missing_privileges_are_named() {
         ("-sys_ptrace", cluster, "CAP_SYS_PTRACE"),
     ] {
         let output = run_without(&lab, without, source);
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(1), "{without}: {said}");
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{without}: {text}");
         assert!(
-            said.contains(named) && said.contains("missing privileges"),
-            "{without}: {said}"
+            text.contains(named) && text.contains("missing privileges"),
+            "{without}: {text}"
         );
     }
     assert!(lab.all_pins().is_empty(), "{:?}", lab.all_pins());
@@ -78,16 +78,16 @@ fn a_second_agent_on_the_same_pins_is_refused_and_harms_nothing() {
 
     let mut second = lab.spawn_agent(&[]);
     assert_eq!(second.wait_end().code(), Some(1));
-    let said = second.stderr();
-    assert!(said.contains("another egress-agent is running"), "{said}");
+    let text = second.stderr();
+    assert!(text.contains("another egress-agent is running"), "{text}");
 
     let output = lab
         .node()
         .run(|| lab.agent_command("cleanup").output())
         .expect("the agent's program runs");
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.contains("another egress-agent is running"), "{said}");
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("another egress-agent is running"), "{text}");
 
     pod.lookup("shop.test");
     pod.talks_tcp((server(10), 443));
@@ -133,12 +133,12 @@ fn crowd(lab: &Lab) {
 
 /// The number of pods of the crowd that have a log line with this text.
 fn logged_pods_of_crowd(agent: &Agent, what: &str, from: usize) -> usize {
-    let said = agent.stderr();
+    let text = agent.stderr();
     let of = |line: &str| {
         let at = line.find("pod=shop/crowd-")?;
         line[at..].split_whitespace().next().map(str::to_owned)
     };
-    let pods: std::collections::BTreeSet<String> = said
+    let pods: std::collections::BTreeSet<String> = text
         .lines()
         .skip(from)
         .filter(|line| line.contains(what))

@@ -76,13 +76,13 @@ fn ranges_that_do_not_fit_open_no_tunnel() {
                 thread::sleep(Duration::from_micros(500));
             }
         });
-        let said = agent.refuses_to_reload();
+        let text = agent.refuses_to_reload();
         let from = sent.load(Ordering::Relaxed);
         eventually("the program goes on sending", || {
             holds(sent.load(Ordering::Relaxed) >= from + 100)
         });
         drop(sending);
         assert_eq!(sink.datagrams_to(TUNNEL.into()), 0, "a tunnel was open");
-        assert!(said.contains("has room for"), "{said}");
+        assert!(text.contains("has room for"), "{text}");
     });
 }

@@ -131,12 +131,12 @@ impl Scene {
         assert_eq!(till.lookup("later.test"), [server(11)]);
         till.talks_tcp((server(11), 443));
         let title = format!("{}/{}", cart.namespace(), cart.name());
-        let said = self
+        let text = self
             .agent
             .wait_log("that the saved policy is not used", |line| {
                 line.contains("saved annotations") && line.contains(&title)
             });
-        assert!(!said.contains("/till"), "{said}");
+        assert!(!text.contains("/till"), "{text}");
 
         self.cluster.proxy.allow();
         eventually("the pod resolves names again", || {

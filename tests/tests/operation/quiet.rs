@@ -49,8 +49,8 @@ fn events_so_far(cluster: &Cluster, namespace: &str) -> Vec<(String, String)> {
 }
 
 fn errors(agent: &Agent) -> Vec<String> {
-    let said = agent.stderr();
-    let errors = said.lines().filter(|line| line.contains(" ERROR "));
+    let printed = agent.stderr();
+    let errors = printed.lines().filter(|line| line.contains(" ERROR "));
     errors.map(str::to_owned).collect()
 }
 
@@ -259,8 +259,8 @@ fn a_host_network_pod_is_a_problem_only_if_its_enforcement_was_requested() {
         });
         assert_eq!(status["pods"][0]["problem"], Value::Null, "{status}");
         let own = format!("{agents}/agent");
-        let said = agent.stderr();
-        assert!(!said.contains(&own), "{said}");
+        let printed = agent.stderr();
+        assert!(!printed.contains(&own), "{printed}");
         let events = events_so_far(&cluster, &agents);
         assert!(events.iter().all(|(_, pod)| pod != "agent"), "{events:?}");
         assert!(
@@ -325,13 +325,13 @@ fn adopted_pods_have_one_summary_line_and_denial_lines_without_the_api_server() 
     agent.wait_log("that the pods are as they were left", |line| {
         line.contains("2 pods are enforced as an earlier agent left them, without DNS")
     });
-    let said = agent.stderr();
+    let printed = agent.stderr();
     for unwanted in [" ready ", "denials without a line"] {
-        assert!(!said.contains(unwanted), "{said}");
+        assert!(!printed.contains(unwanted), "{printed}");
     }
     for pod in &pods {
         let title = format!("{shop}/{}", pod.net().name());
-        assert!(!said.contains(&title), "{said}");
+        assert!(!printed.contains(&title), "{printed}");
     }
 
     cluster.proxy.allow();

@@ -59,8 +59,8 @@ impl Node {
                 .arg(rule.path())
                 .output();
             let output = output.expect("systemd-tmpfiles, of the package systemd");
-            let said = String::from_utf8_lossy(&output.stderr);
-            assert!(output.status.success() && said.is_empty(), "{said}");
+            let text = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success() && text.is_empty(), "{text}");
         }
     }
 
@@ -161,10 +161,10 @@ fn a_rule_that_cannot_be_written_is_an_error_with_its_path() {
     fs::write(node.tmpfiles(), "in the way").expect("write a file");
     let mut command = node.gate_command();
     let output = node.lab.node().run(|| command.output()).expect("it runs");
-    let said = String::from_utf8_lossy(&output.stderr);
+    let text = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success());
     assert!(
-        said.contains("egress-agent-start-gate.conf") && said.contains("do not wait"),
-        "{said}"
+        text.contains("egress-agent-start-gate.conf") && text.contains("do not wait"),
+        "{text}"
     );
 }

@@ -32,8 +32,8 @@ fn run_in(namespace: &Namespace, program: &str, arguments: &[&str]) {
     let mut command = Command::new(program);
     let output = namespace.run(|| command.args(arguments).output());
     let output = output.unwrap_or_else(|e| panic!("{program}: {e}"));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {arguments:?}: {said}");
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {arguments:?}: {text}");
 }
 
 /// Redirects everything that reaches the pod to a queue that sends nothing: an ingress hook forwards it to
@@ -86,10 +86,10 @@ fn a_pod_that_blocks_delivery_does_not_stop_its_neighbours_dns() {
     // However long it lasts, the agent logs one line every few seconds, and none about the neighbour.
     ask(QUESTIONS);
     assert_eq!(neighbour.lookup("shop.test"), [server(10)]);
-    let said = agent.stderr();
-    let lines = said.matches("could not be put back").count();
-    assert!(lines < 4, "{lines} lines:\n{said}");
-    assert!(!said.contains("back and are lost pod=shop/neighbour"));
+    let text = agent.stderr();
+    let lines = text.matches("could not be put back").count();
+    assert!(lines < 4, "{lines} lines:\n{text}");
+    assert!(!text.contains("back and are lost pod=shop/neighbour"));
 }
 
 #[test]

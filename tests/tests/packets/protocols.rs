@@ -127,11 +127,11 @@ fn a_denied_protocol_does_not_leave_an_open_pod() {
 #[test]
 fn explain_names_the_protocol() {
     let wire = Wire::new(&[("allow", "203.0.113.1/esp")]);
-    let (code, said) = wire.lab.explain(&wire.pod, "203.0.113.1/ip-50");
-    assert_eq!(code, 0, "{said}");
-    let (code, said) = wire.lab.explain(&wire.pod, "203.0.113.1");
-    assert_eq!(code, 0, "{said}");
-    assert_eq!(said["ports"][0]["protocol"], "esp", "{said}");
-    let (code, said) = wire.lab.explain(&wire.pod, "203.0.113.1/gre");
-    assert_eq!(code, 1, "{said}");
+    let (code, text) = wire.lab.explain(&wire.pod, "203.0.113.1/ip-50");
+    assert_eq!(code, 0, "{text}");
+    let (code, text) = wire.lab.explain(&wire.pod, "203.0.113.1");
+    assert_eq!(code, 0, "{text}");
+    assert_eq!(text["ports"][0]["protocol"], "esp", "{text}");
+    let (code, text) = wire.lab.explain(&wire.pod, "203.0.113.1/gre");
+    assert_eq!(code, 1, "{text}");
 }

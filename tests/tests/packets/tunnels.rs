@@ -322,8 +322,8 @@ fn a_tunnel_to_any_address_of_the_node_is_denied() {
     assert!(scene.pod.ping(docker, DEADLINE));
     scene.lab.node().ip_batch("link del docker0\n");
     eventually("the address is not the node's any more", || {
-        let (_, said) = scene.lab.explain(&scene.pod, "172.31.9.1:4789/udp");
-        (said["decision"] == "allowed").then_some(())
+        let (_, text) = scene.lab.explain(&scene.pod, "172.31.9.1:4789/udp");
+        (text["decision"] == "allowed").then_some(())
     });
 }
 
@@ -373,15 +373,15 @@ fn a_flow_is_judged_again_when_its_port_becomes_a_tunnel_port() {
 #[test]
 fn explain_shows_the_entry_that_allows_a_tunnel() {
     let scene = Scene::new(&[("allow", "*")]);
-    let (_, said) = scene.lab.explain(&scene.pod, "10.98.0.1:4789/udp");
+    let (_, text) = scene.lab.explain(&scene.pod, "10.98.0.1:4789/udp");
     assert_eq!(
-        (said["decision"].as_str(), said["reason"].as_str()),
+        (text["decision"].as_str(), text["reason"].as_str()),
         (Some("denied"), Some("tunnel"))
     );
     assert_eq!(
-        said["hint"],
+        text["hint"],
         "add `10.98.0.1:4789/udp` to egress-agent.dev/allow"
     );
-    let (_, said) = scene.lab.explain(&scene.pod, "10.98.0.1:4788/udp");
-    assert_eq!(said["decision"], "allowed", "{said:#}");
+    let (_, text) = scene.lab.explain(&scene.pod, "10.98.0.1:4788/udp");
+    assert_eq!(text["decision"], "allowed", "{text:#}");
 }

@@ -127,9 +127,9 @@ fn with_default_mode_audit_unreadable_annotations_stop_nothing() {
 
     for pod in [&typo, &unknown] {
         assert_audited(&agent, pod, 10, "policy_unreadable");
-        let said = format!("{}/{}", pod.namespace(), pod.name());
+        let text = format!("{}/{}", pod.namespace(), pod.name());
         agent.wait_log("the problem and its consequence", |line| {
-            line.contains(&said) && line.contains("nothing is stopped (defaultMode: audit)")
+            line.contains(&text) && line.contains("nothing is stopped (defaultMode: audit)")
         });
     }
     for pod in [&enforced, &by_namespace] {

@@ -481,8 +481,8 @@ fn explain_names_the_list_that_lacks_the_entry() {
     ] {
         let (code, explanation) = lab.explain(&pod, target);
         assert_eq!(code, 1, "{explanation:#}");
-        let said = explanation["hint"].as_str().unwrap_or_default();
-        assert!(said.ends_with(&hint), "{target}: {explanation:#}");
+        let printed = explanation["hint"].as_str().unwrap_or_default();
+        assert!(printed.ends_with(&hint), "{target}: {explanation:#}");
     }
     // A pod without a list uses its namespace's.
     let (_, explanation) = lab.explain(&heir, "evil.test:443");

@@ -247,8 +247,8 @@ fn status_shows_resolved_names_and_denials() {
 
     let output = lab.ask(&["status", "shop/none"]);
     assert_eq!(output.status.code(), Some(1));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(said.contains("no pod shop/none"), "{said}");
+    let printed = String::from_utf8_lossy(&output.stderr);
+    assert!(printed.contains("no pod shop/none"), "{printed}");
 }
 
 /// The index of the pod's interface on the node.

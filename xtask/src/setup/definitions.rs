@@ -87,8 +87,8 @@ fn version(directory: &Path) -> Option<String> {
     if built_from != fs::read(source()).ok()? {
         return None;
     }
-    let said = process::output(Command::new(directory.join(PROGRAM)).arg("-version")).ok()?;
-    said.trim().strip_prefix("Kubernetes v").map(str::to_owned)
+    let text = process::output(Command::new(directory.join(PROGRAM)).arg("-version")).ok()?;
+    text.trim().strip_prefix("Kubernetes v").map(str::to_owned)
 }
 
 /// Builds the server in a directory that is removed afterwards, and keeps it in `target`.

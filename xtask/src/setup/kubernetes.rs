@@ -137,14 +137,15 @@ fn other_programs(directory: &Path) -> Result<Node> {
     let mut versions = Vec::new();
     for name in NODE {
         let program = directory.join(name);
-        let said = process::output(Command::new(&program).arg("--version")).with_context(|| {
-            format!(
-                "{OTHER_PROGRAMS} names {}, where {} have to be",
-                directory.display(),
-                NODE.join(", ")
-            )
-        })?;
-        let version = said
+        let printed =
+            process::output(Command::new(&program).arg("--version")).with_context(|| {
+                format!(
+                    "{OTHER_PROGRAMS} names {}, where {} have to be",
+                    directory.display(),
+                    NODE.join(", ")
+                )
+            })?;
+        let version = printed
             .trim()
             .strip_prefix("Kubernetes v")
             .and_then(minor_version);
@@ -152,7 +153,7 @@ fn other_programs(directory: &Path) -> Result<Node> {
             format!(
                 "{} --version says `{}`, and no version of Kubernetes",
                 program.display(),
-                said.trim()
+                printed.trim()
             )
         })?);
     }

@@ -20,7 +20,7 @@ use super::{
     watched_hooks::{MOVES, MOVES_WITHIN, Sent, Watched},
 };
 use crate::{
-    datapath::{Hook, ProbeMap, Standing},
+    datapath::{Hook, Position, ProbeMap},
     gate::Probe,
     host::interface_name,
 };
@@ -190,24 +190,24 @@ impl Applier {
         let mut problem = None;
         let mut failed = None;
         for hook in Hook::BOTH {
-            let mut standing = datapath.standing(ifindex, hook)?;
-            if standing != Standing::First && watched.may_move(now) {
-                let done = match &standing {
-                    Standing::Missing => datapath.attach(ifindex),
+            let mut position = datapath.position(ifindex, hook)?;
+            if position != Position::First && watched.may_move(now) {
+                let done = match &position {
+                    Position::Missing => datapath.attach(ifindex),
                     _ => datapath.come_first(ifindex, hook),
                 };
-                let before = describe(&standing);
-                standing = datapath.standing(ifindex, hook)?;
-                if standing == Standing::First {
+                let before = describe(&position);
+                position = datapath.position(ifindex, hook)?;
+                if position == Position::First {
                     moved.push(format!("{name}: {before}"));
                     watched.failed = None;
                 } else if let Err(error) = done {
                     watched.failed = Some(format!("{error:#}"));
                 }
             }
-            if standing != Standing::First {
+            if position != Position::First {
                 failed = failed.or(watched.failed.clone());
-                problem = problem.or(Some(describe(&standing)));
+                problem = problem.or(Some(describe(&position)));
             }
         }
         if problem.is_none() {
@@ -284,11 +284,11 @@ fn families(own: &[IpAddr]) -> (Option<Ipv4Addr>, Option<Ipv6Addr>) {
     }
 }
 
-fn describe(standing: &Standing) -> String {
-    match standing {
-        Standing::First => "the agent's program is in front".to_owned(),
-        Standing::Behind(other) => format!("{other} is in front of the agent's program"),
-        Standing::Missing => "somebody has taken the agent's program away".to_owned(),
+fn describe(position: &Position) -> String {
+    match position {
+        Position::First => "the agent's program is in front".to_owned(),
+        Position::Behind(other) => format!("{other} is in front of the agent's program"),
+        Position::Missing => "somebody has taken the agent's program away".to_owned(),
     }
 }
 

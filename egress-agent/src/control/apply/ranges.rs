@@ -21,7 +21,7 @@ impl Applier {
     /// # Errors
     ///
     /// When they cannot be written. The earlier ones are put back then.
-    pub(in crate::control) async fn take_on(
+    pub(in crate::control) async fn put_in_force(
         &mut self,
         settings: &mut Settings,
         next: Config,
@@ -101,7 +101,7 @@ pub(in crate::control) fn listed(resolvers: &[Resolver]) -> String {
 
 /// The configuration with the cluster's resolvers and internal prefixes, and with those that an earlier agent left in
 /// force.
-pub(in crate::control) fn together(
+pub(in crate::control) fn with_facts(
     config: &Config,
     facts: &Facts,
     inherited: &Inherited,

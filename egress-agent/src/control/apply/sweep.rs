@@ -109,8 +109,8 @@ impl Applier {
                         tracing::warn!(
                             pod = %enforced.identity.subject(),
                             connections = swept.evicted,
-                            "inbound connections that were silent for longest gave way to others \
-                             of the pod: raise limits.flowsPerPod"
+                            "the pod's other flows have evicted the inbound connections that were \
+                             silent for longest: raise limits.flowsPerPod"
                         );
                     }
                 }

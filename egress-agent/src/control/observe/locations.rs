@@ -8,7 +8,7 @@ use std::{
 use egress_common::ids::IfIndex;
 
 use super::{
-    arrivals::LOOK_AGAIN, first_addresses::FirstAddresses, machine::Machine, named::Named,
+    first_addresses::FirstAddresses, machine::Machine, named::Named, new_interfaces::LOOK_AGAIN,
     on_host::OnHost,
 };
 use crate::{host::Network, pods::Snapshot, report::Subject};

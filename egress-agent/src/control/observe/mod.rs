@@ -7,7 +7,7 @@
 //! | file | what it reads |
 //! |---|---|
 //! | `locations`, `named`, `on_host` | behind which interfaces pods are: by their manifests, or by their control groups |
-//! | `quarantine`, `arrivals` | interfaces whose pods are not known, and those that are left alone at first |
+//! | `quarantine`, `new_interfaces` | interfaces whose pods are not known, and those that are left alone at first |
 //! | `first_addresses`, `owners` | the addresses that interfaces were made with, and whose addresses are known |
 //! | `exits` | interfaces of pods that nobody can enforce |
 //! | `policies`, `fallback` | what annotations mean, and what counts when they cannot be read |
@@ -15,7 +15,6 @@
 //! | `unseen_responses`, `taps` | signs that packets bypass the agent's programs |
 //! | `unlocated`, `backoff` | how long pods have been looked for, and when to look again |
 
-pub(in crate::control) mod arrivals;
 pub(in crate::control) mod backoff;
 pub(in crate::control) mod exits;
 mod fallback;
@@ -23,6 +22,7 @@ pub(in crate::control) mod first_addresses;
 pub(in crate::control) mod locations;
 pub(in crate::control) mod machine;
 pub(in crate::control) mod named;
+pub(in crate::control) mod new_interfaces;
 pub(in crate::control) mod on_host;
 pub(in crate::control) mod owners;
 pub(in crate::control) mod policies;

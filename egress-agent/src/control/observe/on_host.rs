@@ -8,10 +8,10 @@ use std::{
 use egress_common::ids::IfIndex;
 
 use super::{
-    arrivals::Arrivals,
     backoff::{RETRY_MIN, longer},
     first_addresses::{FirstAddresses, FirstSights},
     locations::{Location, Look, PodLocation},
+    new_interfaces::NewInterfaces,
 };
 use crate::{
     config::Quarantine,
@@ -28,7 +28,7 @@ const BELIEVED_LONGER_FOR: Duration = Duration::from_secs(60);
 pub(in crate::control) struct OnHost {
     quarantine: Quarantine,
     /// With clsact: the interfaces that are left alone until their networks are complete.
-    arrivals: Option<Arrivals>,
+    new_interfaces: Option<NewInterfaces>,
     /// By UID: the location, and when it was found.
     found: HashMap<String, (PodLocation, Instant)>,
     /// By UID: the pods that were not found.
@@ -61,12 +61,12 @@ struct Missed {
 impl OnHost {
     pub(in crate::control) fn new(
         quarantine: Quarantine,
-        arrivals: Option<Arrivals>,
+        new_interfaces: Option<NewInterfaces>,
         sights: FirstSights,
     ) -> Self {
         Self {
             quarantine,
-            arrivals,
+            new_interfaces,
             found: HashMap::new(),
             missed: HashMap::new(),
             before: None,
@@ -95,14 +95,14 @@ impl OnHost {
 
     /// Whether an interface is left alone until its network is complete.
     pub(super) fn waits_for_networks(&self) -> bool {
-        let arrivals = self.arrivals.as_ref();
-        arrivals.is_some_and(|arrivals| arrivals.waiting)
+        let new_interfaces = self.new_interfaces.as_ref();
+        new_interfaces.is_some_and(|new_interfaces| new_interfaces.waiting)
     }
 
     /// Notes that the agent is attached to these interfaces.
     pub(super) fn note_attached(&mut self, interfaces: impl IntoIterator<Item = IfIndex>) {
-        if let Some(arrivals) = &mut self.arrivals {
-            arrivals.note_attached(interfaces);
+        if let Some(new_interfaces) = &mut self.new_interfaces {
+            new_interfaces.note_attached(interfaces);
         }
     }
 
@@ -169,8 +169,8 @@ impl OnHost {
         let can_tell =
             unidentified.is_empty() || self.leave_out_uplinks(host, &mut unidentified, now);
         self.unidentified = !unidentified.is_empty();
-        if let Some(arrivals) = &mut self.arrivals {
-            arrivals.leave_out(&mut unidentified, links, host, now);
+        if let Some(new_interfaces) = &mut self.new_interfaces {
+            new_interfaces.leave_out(&mut unidentified, links, host, now);
         }
         self.identified = identified;
         Look {

@@ -55,12 +55,12 @@ impl UnseenResponses {
         let waited = self.since.is_some_and(|since| since.elapsed() >= AT_LEAST);
         if self.problem.is_none() && waited && questions - self.questions >= QUESTIONS {
             self.problem = Some(if datapath::is_loaded(CILIUM) {
-                "questions go to the resolvers, and no answer comes by the pods' interfaces, so \
-                 nothing is learned from them: Cilium is on this node, and with BPF host routing it \
-                 delivers past these interfaces; set Cilium's bpf.hostLegacyRouting to true"
+                "queries leave for the resolvers, but no response arrives on the pods' interfaces, so \
+                 nothing is learned: Cilium is on this node, and with BPF host routing it delivers past \
+                 these interfaces; set Cilium's bpf.hostLegacyRouting to true"
             } else {
-                "questions go to the resolvers, and no answer comes by the pods' interfaces: the \
-                 resolvers do not answer, or something delivers past these interfaces"
+                "queries leave for the resolvers, but no response arrives on the pods' interfaces: the \
+                 resolvers do not respond, or something delivers past these interfaces"
             });
         }
         self.problem

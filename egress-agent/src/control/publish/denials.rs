@@ -290,7 +290,7 @@ impl Losses {
                 tracing::warn!(
                     pod = %identity.subject(),
                     flows = openings,
-                    "flows that were not established gave way to newer ones of the pod: it is \
+                    "newer flows of the pod have evicted flows that were not established: it is \
                      flooded, or floods"
                 );
             }
@@ -299,7 +299,7 @@ impl Losses {
                 tracing::warn!(
                     pod = %identity.subject(),
                     flows,
-                    "established flows gave way to newer ones of the pod: raise limits.flowsPerPod"
+                    "newer flows of the pod have evicted established ones: raise limits.flowsPerPod"
                 );
             }
         }

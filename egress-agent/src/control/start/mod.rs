@@ -26,7 +26,7 @@ use super::{
     apply::{Applier, Parts},
     dns_settings,
     inherited_ranges::Inherited,
-    observe::{Observer, arrivals::Arrivals},
+    observe::{Observer, new_interfaces::NewInterfaces},
     publish::{Publisher, events, status},
     reconcile::Reconciler,
     settings::Settings,
@@ -214,12 +214,13 @@ pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Op
         reporter: reporter.clone(),
         published: Arc::clone(&published),
     };
-    let arrivals = if datapath.needs_qdisc() {
-        Some(Arrivals::new(datapath.attached()?))
+    let new_interfaces = if datapath.needs_qdisc() {
+        Some(NewInterfaces::new(datapath.attached()?))
     } else {
         None
     };
-    let (machine, locations) = source.locations(&settings.config, &datapath, &left, arrivals)?;
+    let (machine, locations) =
+        source.locations(&settings.config, &datapath, &left, new_interfaces)?;
     let stats = Arc::clone(gate.stats());
     let kernel_counters = datapath.counters()?;
     let parts = Parts {

@@ -13,8 +13,8 @@ use tokio::sync::watch;
 use crate::control::{
     SourceOptions,
     observe::{
-        arrivals::Arrivals, first_addresses::FirstSights, locations::PodLocations,
-        machine::Machine, named::Named, on_host::OnHost,
+        first_addresses::FirstSights, locations::PodLocations, machine::Machine, named::Named,
+        new_interfaces::NewInterfaces, on_host::OnHost,
     },
 };
 use crate::{
@@ -126,7 +126,7 @@ impl Source {
 
 impl Watched {
     /// How the pods of this source are found on this machine. `left` is what an earlier agent left
-    /// enforced; `arrivals` are interfaces that are to be left alone at first.
+    /// enforced; `new_interfaces` are interfaces that are to be left alone at first.
     ///
     /// # Errors
     ///
@@ -136,7 +136,7 @@ impl Watched {
         config: &Config,
         datapath: &Datapath,
         left: &BTreeMap<PodId, Adoptable>,
-        arrivals: Option<Arrivals>,
+        new_interfaces: Option<NewInterfaces>,
     ) -> Result<(Machine, PodLocations)> {
         let host = Host::open(HostOptions::default());
         let host = host.context("cannot look at this machine's pods")?;
@@ -148,7 +148,7 @@ impl Watched {
             Self::Cluster(_) => {
                 let sights = FirstSights::inherit(datapath, left.values())?;
                 let quarantine = config.quarantine.clone();
-                let on_host = OnHost::new(quarantine, arrivals, sights);
+                let on_host = OnHost::new(quarantine, new_interfaces, sights);
                 let locations = PodLocations::OnHost(Box::new(on_host));
                 Ok((Machine::new(host), locations))
             }

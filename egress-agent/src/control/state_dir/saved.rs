@@ -174,7 +174,7 @@ impl Saved {
             pods: pods.map(|pod| (pod.key(), pod)).collect(),
             problems: snapshot.problems.clone(),
             unreadable: true,
-            facts: self.facts.together(),
+            facts: self.facts.merged(),
             sources: self.facts.clone(),
             services: Arc::clone(&self.services),
             ..Snapshot::default()
@@ -196,7 +196,7 @@ impl Saved {
         }
         let mut snapshot = Snapshot::clone(&snapshot);
         snapshot.sources.add_missing(&self.facts);
-        snapshot.facts = snapshot.sources.together();
+        snapshot.facts = snapshot.sources.merged();
         Arc::new(snapshot)
     }
 

@@ -22,8 +22,8 @@ use super::{
     },
     definitions::{Definition, Signals},
     health::{Health, Watched},
+    kind_states::{self, KindState},
     peers::{ClusterPeers, PeerFacts},
-    standing::{self, Standing},
     table::Table,
 };
 
@@ -214,18 +214,18 @@ impl Policies {
     /// closed, that are not to be.
     pub(super) fn is_ready(&self, health: &Health) -> bool {
         let has_pods = self.peer_pods.is_complete() || health.is_not_offered(Watched::PeerPods);
-        self.standings(health)
-            .all(|(_, standing)| standing != Standing::Awaited)
+        self.states(health)
+            .all(|(_, state)| state != KindState::Awaited)
             && (has_pods || !self.needs_pods())
     }
 
     /// Which kinds have been listed, and which may exist and have not.
     pub(super) fn kinds(&self, health: &Health) -> PolicyKinds {
-        standing::kinds(self.standings(health))
+        kind_states::kinds(self.states(health))
     }
 
-    /// The standing of each kind.
-    fn standings(&self, health: &Health) -> impl Iterator<Item = (PolicyKind, Standing)> {
+    /// The state of each kind.
+    fn states(&self, health: &Health) -> impl Iterator<Item = (PolicyKind, KindState)> {
         PolicyKind::ALL.into_iter().map(|kind| {
             let is_listed = match kind {
                 PolicyKind::Policy(ObjectKind::EgressPolicy) => self.egress.is_complete(),
@@ -235,8 +235,8 @@ impl Policies {
                 PolicyKind::Policy(ObjectKind::ClusterNetworkPolicy) => self.network.is_complete(),
                 PolicyKind::Set => self.sets.is_complete(),
             };
-            let standing = Standing::of(kind, is_listed, &self.definitions, health);
-            (kind, standing)
+            let state = KindState::of(kind, is_listed, &self.definitions, health);
+            (kind, state)
         })
     }
 

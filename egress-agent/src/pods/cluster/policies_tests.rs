@@ -243,12 +243,12 @@ fn pods_stay_while_a_kind_of_policies_is_out_of_reach() {
     let mut cluster = Cluster::silent();
     cluster.define(PolicyKind::Set, false);
     for kind in PolicyKind::ALL {
-        let watched = standing::watched(kind);
+        let watched = kind_states::watched(kind);
         cluster.health.record_failure(watched, Failure::NotServed);
     }
     assert_eq!(cluster.snapshot().pods.len(), 2);
     for kind in PolicyKind::ALL {
-        let watched = standing::watched(kind);
+        let watched = kind_states::watched(kind);
         let failure = Failure::Unreachable("x".into());
         cluster.health.record_failure(watched, failure);
     }

@@ -211,14 +211,14 @@ fn addresses(texts: impl Iterator<Item = String>) -> Vec<IpAddr> {
     found
 }
 
-/// The Services and endpoints of the API server, put together.
+/// The Services and endpoints of the API server, joined.
 #[derive(Debug, Default)]
 pub(super) struct ServiceTables {
     pub(super) services: Table<ServiceFacts>,
     pub(super) endpoints: Table<EndpointFacts>,
     /// The Services in force.
-    together: Arc<Services>,
-    /// The versions of the objects that `together` was built from.
+    current: Arc<Services>,
+    /// The versions of the objects that `current` was built from.
     made_from: Option<MadeFrom>,
     /// The revisions of the tables that count: endpoints come and go often.
     revisions: [u64; 2],
@@ -232,7 +232,7 @@ struct MadeFrom {
 }
 
 impl ServiceTables {
-    /// Builds `together` from the Services and endpoints that are known now.
+    /// Builds `current` from the Services and endpoints that are known now.
     pub(super) fn renew(&mut self) {
         self.revisions = [self.services.revision(), self.endpoints.revision()];
     }
@@ -252,7 +252,7 @@ impl ServiceTables {
     }
 
     /// The Services with their endpoints; none until both lists are known.
-    pub(super) fn together(&mut self, nodes: &Table<NodeFacts>) -> Arc<Services> {
+    pub(super) fn current(&mut self, nodes: &Table<NodeFacts>) -> Arc<Services> {
         let are_complete = self.are_complete();
         if self
             .made_from
@@ -267,7 +267,7 @@ impl ServiceTables {
             nodes: nodes.revision(),
         };
         if self.made_from.as_ref() == Some(&from) {
-            return Arc::clone(&self.together);
+            return Arc::clone(&self.current);
         }
         self.made_from = Some(from);
         let made = if are_complete {
@@ -275,10 +275,10 @@ impl ServiceTables {
         } else {
             Services::default()
         };
-        if *self.together != made {
-            self.together = Arc::new(made);
+        if *self.current != made {
+            self.current = Arc::new(made);
         }
-        Arc::clone(&self.together)
+        Arc::clone(&self.current)
     }
 
     fn make(&self, nodes: &Table<NodeFacts>) -> Services {
@@ -289,7 +289,7 @@ impl ServiceTables {
         let services = self.services.values().map(|facts| {
             let endpoints = endpoints.get(&*facts.name).map_or(&[][..], Vec::as_slice);
             let made = facts.with(endpoints);
-            match self.together.get(&facts.name) {
+            match self.current.get(&facts.name) {
                 // The same object in memory is compared at once.
                 Some(former) if **former == made => Arc::clone(former),
                 _ => Arc::new(made),

@@ -99,7 +99,7 @@ impl State {
             of_unknown: self.policies.of_unknown(),
             problems,
             unreadable: false,
-            facts: sources.together(),
+            facts: sources.merged(),
             sources,
             knowledge: self.knowledge(),
             node_uid: self
@@ -107,7 +107,7 @@ impl State {
                 .get("", &self.node_name)
                 .map(|node| node.uid.clone()),
             kinds: self.policies.kinds(health),
-            services: self.services.together(&self.node),
+            services: self.services.current(&self.node),
         }
     }
 

@@ -69,9 +69,9 @@ fn the_examples_of_sets_and_policies_mean_something_and_cause_no_warning() {
         command.arg(yaml::directory().join("examples").join(directory));
     }
     let output = command.output().expect("the agent's program runs");
-    let said = [output.stdout, output.stderr].concat();
-    let said = String::from_utf8_lossy(&said);
-    assert!(output.status.success() && said.is_empty(), "{said}");
+    let printed = [output.stdout, output.stderr].concat();
+    let printed = String::from_utf8_lossy(&printed);
+    assert!(output.status.success() && printed.is_empty(), "{printed}");
 }
 
 /// The files that `tests/e2e/run` applies, relative to the manifests.

@@ -17,7 +17,7 @@ use super::{
 
 /// How far a kind of policy objects is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Standing {
+pub(super) enum KindState {
     /// Its objects have been listed.
     Listed,
     /// It will be listed, or its absence will be known: a start waits for that.
@@ -29,8 +29,8 @@ pub(super) enum Standing {
     Unlisted,
 }
 
-impl Standing {
-    /// The standing of a kind. `is_listed` tells whether a complete list of its objects has been read.
+impl KindState {
+    /// The state of a kind. `is_listed` tells whether a complete list of its objects has been read.
     pub(super) fn of(
         kind: PolicyKind,
         is_listed: bool,
@@ -57,13 +57,13 @@ impl Standing {
 }
 
 /// The kinds that have been listed, and those that may exist and have not.
-pub(super) fn kinds(standings: impl Iterator<Item = (PolicyKind, Standing)>) -> PolicyKinds {
+pub(super) fn kinds(states: impl Iterator<Item = (PolicyKind, KindState)>) -> PolicyKinds {
     let (mut listed, mut unlisted) = (BTreeSet::new(), BTreeSet::new());
-    for (kind, standing) in standings {
-        match standing {
-            Standing::Listed => listed.insert(kind),
-            Standing::Awaited | Standing::Unlisted => unlisted.insert(kind),
-            Standing::Absent => false,
+    for (kind, state) in states {
+        match state {
+            KindState::Listed => listed.insert(kind),
+            KindState::Awaited | KindState::Unlisted => unlisted.insert(kind),
+            KindState::Absent => false,
         };
     }
     PolicyKinds {
@@ -96,9 +96,9 @@ mod tests {
         Failure::Refused("it is forbidden".into())
     }
 
-    /// The standing of the kind after such failures of its list and of the list of definitions. `has` tells whether
+    /// The state of the kind after such failures of its list and of the list of definitions. `has` tells whether
     /// the definitions, if they have been listed, have the kind.
-    fn standing(failure: Option<Failure>, definitions: Option<Failure>, has: bool) -> Standing {
+    fn state(failure: Option<Failure>, definitions: Option<Failure>, has: bool) -> KindState {
         let health = Health::default();
         if let Some(failure) = failure {
             // A server counts as unreachable only after several failures.
@@ -123,36 +123,36 @@ mod tests {
                 }
             }
         }
-        Standing::of(KIND, false, &table, &health)
+        KindState::of(KIND, false, &table, &health)
     }
 
     #[test]
     fn a_kind_is_absent_only_if_the_definitions_do_not_have_it() {
         assert_eq!(
-            standing(Some(Failure::NotServed), None, false),
-            Standing::Absent
+            state(Some(Failure::NotServed), None, false),
+            KindState::Absent
         );
-        assert_eq!(standing(Some(refused()), None, false), Standing::Absent);
-        assert_eq!(standing(None, None, false), Standing::Awaited);
+        assert_eq!(state(Some(refused()), None, false), KindState::Absent);
+        assert_eq!(state(None, None, false), KindState::Awaited);
     }
 
     #[test]
     fn a_kind_that_is_defined_and_not_served_is_awaited() {
         for failure in [Failure::NotServed, Failure::NotServedYet] {
-            assert_eq!(standing(Some(failure), None, true), Standing::Awaited);
+            assert_eq!(state(Some(failure), None, true), KindState::Awaited);
         }
         let unreachable = Failure::Unreachable("x".into());
-        assert_eq!(standing(Some(unreachable), None, true), Standing::Awaited);
+        assert_eq!(state(Some(unreachable), None, true), KindState::Awaited);
     }
 
     #[test]
     fn a_kind_that_is_refused_or_in_another_version_may_exist() {
         for failure in [refused(), Failure::OtherVersion] {
-            assert_eq!(standing(Some(failure), None, true), Standing::Unlisted);
+            assert_eq!(state(Some(failure), None, true), KindState::Unlisted);
         }
         assert_eq!(
-            standing(Some(refused()), Some(refused()), true),
-            Standing::Unlisted
+            state(Some(refused()), Some(refused()), true),
+            KindState::Unlisted
         );
     }
 
@@ -160,13 +160,13 @@ mod tests {
     fn without_definitions_nothing_says_that_a_kind_does_not_exist() {
         let not_served = || Some(Failure::NotServed);
         assert_eq!(
-            standing(not_served(), Some(refused()), false),
-            Standing::Unlisted
+            state(not_served(), Some(refused()), false),
+            KindState::Unlisted
         );
         let interrupted = Failure::Unreachable("x".into());
         assert_eq!(
-            standing(not_served(), Some(interrupted), false),
-            Standing::Awaited
+            state(not_served(), Some(interrupted), false),
+            KindState::Awaited
         );
     }
 }

@@ -27,7 +27,7 @@ const STAYS: Duration = Duration::from_millis(100);
 pub(in crate::control) const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// Interfaces whose pods are not known.
-pub(in crate::control) struct Arrivals {
+pub(in crate::control) struct NewInterfaces {
     /// Since when each interface is there whose network may be incomplete.
     since: HashMap<IfIndex, Instant>,
     /// The processes in other networks (the host's number of the network, the id of the process), and
@@ -39,7 +39,7 @@ pub(in crate::control) struct Arrivals {
     pub(in crate::control) waiting: bool,
 }
 
-impl Arrivals {
+impl NewInterfaces {
     /// `attached` are the interfaces that an earlier agent has attached to.
     pub(in crate::control) fn new(attached: impl IntoIterator<Item = IfIndex>) -> Self {
         Self {
@@ -119,23 +119,23 @@ mod tests {
 
     #[test]
     fn an_interface_that_the_agent_is_attached_to_is_complete() {
-        let mut arrivals = Arrivals::new([]);
-        arrivals.note_attached([IfIndex::new(7)]);
-        assert!(arrivals.made.contains(&IfIndex::new(7)));
+        let mut new_interfaces = NewInterfaces::new([]);
+        new_interfaces.note_attached([IfIndex::new(7)]);
+        assert!(new_interfaces.made.contains(&IfIndex::new(7)));
     }
 
     #[test]
     fn a_network_is_inhabited_when_one_process_stays_in_it() {
-        let mut arrivals = Arrivals::new([]);
+        let mut new_interfaces = NewInterfaces::new([]);
         let start = Instant::now();
         let later = start + STAYS;
-        let look = |arrivals: &mut Arrivals, processes: &[(i32, u32)], now| {
-            arrivals.note_processes(processes.iter().copied().collect(), now)
+        let look = |new_interfaces: &mut NewInterfaces, processes: &[(i32, u32)], now| {
+            new_interfaces.note_processes(processes.iter().copied().collect(), now)
         };
-        assert!(look(&mut arrivals, &[(1, 10), (2, 20)], start).is_empty());
-        let inhabited = look(&mut arrivals, &[(1, 11), (2, 20)], later);
+        assert!(look(&mut new_interfaces, &[(1, 10), (2, 20)], start).is_empty());
+        let inhabited = look(&mut new_interfaces, &[(1, 11), (2, 20)], later);
         assert_eq!(inhabited, HashSet::from([2]), "10 has gone, 20 has stayed");
-        let inhabited = look(&mut arrivals, &[(1, 11), (3, 20)], later + STAYS);
+        let inhabited = look(&mut new_interfaces, &[(1, 11), (3, 20)], later + STAYS);
         assert_eq!(
             inhabited,
             HashSet::from([1]),
