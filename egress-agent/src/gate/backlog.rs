@@ -69,6 +69,21 @@ impl Backlog {
         true
     }
 
+    /// Adds a message before all others; `false` when there is no room.
+    pub(super) fn push_first(&mut self, held: &HeldFrame<'_>, budget: &mut Budget) -> bool {
+        if !self.push(held, budget) {
+            return false;
+        }
+        self.frames.rotate_right(1);
+        true
+    }
+
+    /// Puts the message back that was taken last.
+    pub(super) fn put_back(&mut self, message: BacklogMessage, budget: &mut Budget) {
+        budget.add(&mut self.kept, message.cost());
+        self.frames.push_front(message);
+    }
+
     /// Takes the oldest message.
     pub(super) fn pop(&mut self, budget: &mut Budget) -> Option<BacklogMessage> {
         let waiting = self.frames.pop_front()?;

@@ -1,6 +1,6 @@
 //! Chooses the addresses that are evicted when a pod's allow map is full.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 
 use egress_common::address::Address;
 
@@ -21,6 +21,61 @@ const NAME_PART: usize = 4;
 /// can, takes a tenth of the gate's time and not all of it.
 const COST_NS: u64 = 10_000;
 const CREDIT_NS: u64 = 1_000_000_000;
+
+/// Most addresses that are evicted in a turn, unless more places are wanted at once. The rest of a batch follows in the
+/// pod's next turns, so that no other pod waits for the removal of all.
+const AT_ONCE: usize = 32;
+
+/// How long addresses stay chosen: a flow that the pod opens meanwhile is not seen.
+const CHOSEN_NS: u64 = 5_000_000;
+
+/// Addresses that were chosen, in the order in which they are evicted.
+#[derive(Debug, Default)]
+pub(super) struct Chosen {
+    addresses: VecDeque<Address>,
+    until_ns: u64,
+}
+
+impl Chosen {
+    pub(super) fn new(addresses: Vec<Address>, now_ns: u64) -> Self {
+        Self {
+            addresses: addresses.into(),
+            until_ns: now_ns + CHOSEN_NS,
+        }
+    }
+
+    /// Whether at least `wanted` of these addresses are chosen, apart from those in `kept`, and not too long ago.
+    pub(super) fn has(
+        &mut self,
+        wanted: usize,
+        addresses: &Addresses,
+        kept: &HashSet<Address>,
+        now_ns: u64,
+    ) -> bool {
+        if now_ns >= self.until_ns {
+            self.addresses.clear();
+        }
+        self.addresses
+            .retain(|address| addresses.contains(address) && !kept.contains(address));
+        self.addresses.len() >= wanted
+    }
+
+    /// Takes `wanted` addresses or a few more.
+    pub(super) fn take(&mut self, wanted: usize) -> Vec<Address> {
+        let taken = self.addresses.len().min(wanted.max(AT_ONCE));
+        self.addresses.drain(..taken).collect()
+    }
+
+    /// Whether none is left, or they were chosen too long ago.
+    pub(super) fn is_over(&self, now_ns: u64) -> bool {
+        self.addresses.is_empty() || now_ns >= self.until_ns
+    }
+
+    /// Takes out an address that is used again.
+    pub(super) fn spare(&mut self, address: &Address) {
+        self.addresses.retain(|chosen| chosen != address);
+    }
+}
 
 /// Chooses addresses to evict.
 #[derive(Debug, Default)]

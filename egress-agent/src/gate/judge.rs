@@ -6,9 +6,10 @@ use egress_common::{packet::Packet, protocol::bits, reason::Reason, records::MOD
 
 use super::{
     Direction, DnsSettings, Enforcement, Outcome, Stats, Transport,
+    insertion::{Insertion, Progress},
     learned::{AnswerAddress, Table},
     pending::{Exchange, Pending},
-    stream,
+    stream::{self, Answered},
 };
 use crate::{
     datapath::{AllowError, boottime_ns},
@@ -140,25 +141,24 @@ impl<'a> Judge<'a> {
             .report(self.denied(packet, reason, None));
     }
 
-    /// Whether a message is a response to an open query and may be delivered. If so, its allowed addresses
-    /// are in the allow map.
+    /// Decides on a response. If it may be delivered, its allowed addresses are in the allow map.
     pub(super) fn answer(
         &mut self,
         message: &[u8],
         packet: &Packet,
         pending: &mut Pending,
-    ) -> bool {
-        let is_delivered = self.accept(message, packet, pending);
-        let outcome = if is_delivered {
-            Outcome::Delivered
-        } else {
-            Outcome::Undeliverable
+    ) -> Answered {
+        let answered = self.accept(message, packet, pending);
+        let outcome = match answered {
+            Answered::Delivered => Outcome::Delivered,
+            Answered::Withheld => Outcome::Undeliverable,
+            Answered::Later => return answered,
         };
         self.count(packet, Direction::Answer, outcome);
-        is_delivered
+        answered
     }
 
-    fn accept(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> bool {
+    fn accept(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> Answered {
         if let Some(id) = read_rejection(message) {
             let is_delivered = pending.reject(answered(id, packet), self.time_ns)
                 || (self.take_query(id, packet, pending)
@@ -167,9 +167,32 @@ impl<'a> Judge<'a> {
                 self.context
                     .reporter
                     .report(self.denied(packet, Reason::DnsUnsolicited, None));
+                return Answered::Withheld;
             }
-            return is_delivered;
+            return Answered::Delivered;
         }
+        let insertion = self.begun(message, packet);
+        let insertion = insertion.or_else(|| self.begin(message, packet, pending));
+        insertion.map_or(Answered::Withheld, |insertion| {
+            self.proceed(insertion, message, packet, pending)
+        })
+    }
+
+    /// The insertion that an earlier turn has begun for this response.
+    fn begun(&mut self, message: &[u8], packet: &Packet) -> Option<Box<Insertion>> {
+        let id = message.first_chunk()?;
+        let exchange = answered(u16::from_be_bytes(*id), packet);
+        let settings = (boottime_ns(), self.context.generation);
+        self.learned.begun(&exchange, message, settings)
+    }
+
+    /// Reads a response. Begins the insertion of its addresses if it answers an open query; reports it if not.
+    fn begin(
+        &mut self,
+        message: &[u8],
+        packet: &Packet,
+        pending: &mut Pending,
+    ) -> Option<Box<Insertion>> {
         let answer = match read_answer(message) {
             Ok(answer) => answer,
             Err(error) => {
@@ -177,19 +200,21 @@ impl<'a> Judge<'a> {
                 self.context
                     .reporter
                     .report(self.denied(packet, Reason::DnsMalformed, None));
-                return false;
+                return None;
             }
         };
-        let asked = || Some((answer.name.to_string(), answer.qtype));
         let exchange = answered(answer.id, packet);
-        let is_expected = pending.answer(exchange, &answer, self.time_ns)
+        let is_expected = pending.expects(&exchange, &answer, self.time_ns)
             || (self.take_query(answer.id, packet, pending)
-                && pending.answer(exchange, &answer, self.time_ns));
+                && pending.expects(&exchange, &answer, self.time_ns));
         if !is_expected {
+            // A late response closes its query, too.
+            pending.answer(exchange, &answer, self.time_ns);
+            let asked = (answer.name.to_string(), answer.qtype);
             self.context
                 .reporter
-                .report(self.denied(packet, Reason::DnsUnsolicited, asked()));
-            return false;
+                .report(self.denied(packet, Reason::DnsUnsolicited, Some(asked)));
+            return None;
         }
         let found = self.found_by_search(&answer).cloned();
         if found.is_some() {
@@ -197,20 +222,53 @@ impl<'a> Judge<'a> {
             // When the query went out, the gate did not know that the resolver walks search lists.
             let rule = self.enforcement.compiled.names.question(&answer.name, true);
             if rule != QuestionRule::Allowed {
+                pending.answer(exchange, &answer, self.time_ns);
                 self.report_name(rule, packet, (&answer.name, answer.qtype));
-                return false;
+                return None;
             }
         }
-        if let Err(error) = self.learn(&answer, found.as_ref()) {
-            if !matches!(error, AllowError::Full) {
-                self.learned.failures.add(error);
+        Some(Box::new(self.insertion(exchange, answer, found)))
+    }
+
+    /// Inserts the next addresses of a response. When all are there, the response may be delivered.
+    fn proceed(
+        &mut self,
+        mut insertion: Box<Insertion>,
+        message: &[u8],
+        packet: &Packet,
+        pending: &mut Pending,
+    ) -> Answered {
+        let now_ns = boottime_ns();
+        let inserted = self
+            .learned
+            .proceed(self.enforcement, &mut insertion, now_ns);
+        let reason = match inserted {
+            Ok(Progress::Later) if !insertion.is_overdue(now_ns) => {
+                self.learned.continue_later(insertion, message, now_ns);
+                return Answered::Later;
             }
+            Ok(Progress::Later) => Some(Reason::DnsNotHeld),
+            Ok(Progress::Done) => None,
+            Err(error) => {
+                if !matches!(error, AllowError::Full) {
+                    self.learned.failures.add(error);
+                }
+                Some(Reason::AllowMapFull)
+            }
+        };
+        let Insertion {
+            exchange, answer, ..
+        } = *insertion;
+        let is_expected = pending.answer(exchange, &answer, self.time_ns);
+        let reason = reason.or((!is_expected).then_some(Reason::DnsUnsolicited));
+        if let Some(reason) = reason {
+            let asked = (answer.name.to_string(), answer.qtype);
             self.context
                 .reporter
-                .report(self.denied(packet, Reason::AllowMapFull, asked()));
-            return false;
+                .report(self.denied(packet, reason, Some(asked)));
+            return Answered::Withheld;
         }
-        true
+        Answered::Delivered
     }
 
     /// Takes over a query that the programs have let pass: the agent has to read its response. Returns whether there
@@ -260,7 +318,9 @@ impl<'a> Judge<'a> {
     fn may_begin(&self, message: &[u8], packet: &Packet, pending: &Pending) -> bool {
         let (reason, asked) = match read_beginning(message) {
             Ok(None) => return true,
-            Ok(Some(answer)) if pending.expects(&answered(answer.id, packet), &answer) => {
+            Ok(Some(answer))
+                if pending.expects(&answered(answer.id, packet), &answer, self.time_ns) =>
+            {
                 return true;
             }
             Ok(Some(answer)) => {
@@ -298,47 +358,43 @@ impl<'a> Judge<'a> {
         pending.ask(exchange, question, self.time_ns);
     }
 
-    /// Inserts the addresses of a response, for the queried name and for the name that the resolver `found`
+    /// The insertion of a response's addresses, for the queried name and for the name that the resolver `found`
     /// instead.
-    fn learn(&mut self, answer: &Answer, found: Option<&Name>) -> Result<(), AllowError> {
-        if answer.addresses.is_empty() {
-            return Ok(());
-        }
+    fn insertion(&mut self, exchange: Exchange, answer: Answer, found: Option<Name>) -> Insertion {
         let dns = &self.context.dns;
-        let compiled = Arc::clone(&self.enforcement.compiled);
-        let names = &compiled.names;
+        let names = &self.enforcement.compiled.names;
         let now_ns = boottime_ns();
         let lifetime_ns = |ttl: u32| {
             let ttl = std::time::Duration::from_secs(u64::from(ttl));
             (ttl.clamp(dns.min_ttl, dns.max_ttl) + dns.grace).as_nanos() as u64
         };
+        let mut addresses = Vec::with_capacity(answer.addresses.len());
         for learned in &answer.addresses {
             if dns.is_protected(&learned.address) {
                 self.learned
                     .remember_protected(learned.address, &answer.name);
+                continue;
             }
-        }
-        let answered: Vec<AnswerAddress> = answer
-            .addresses
-            .iter()
-            .filter(|learned| !dns.is_protected(&learned.address))
-            .map(|learned| AnswerAddress {
+            addresses.push(AnswerAddress {
                 address: learned.address,
                 by_stranger: answer.way_to(learned).any(|name| names.is_strangers(name)),
                 expires_ns: now_ns + lifetime_ns(learned.ttl),
-            })
-            .collect();
-        if let Some(found) = found {
-            let grant = names.grant(found);
-            self.learned
-                .learn(self.enforcement, found, grant, &answered, now_ns)?;
+            });
         }
-        let grant = names.grant(&answer.name);
-        if found.is_some() && grant.classes.is_empty() {
-            return Ok(());
+        let mut given = Vec::with_capacity(2);
+        if !addresses.is_empty() {
+            let is_found = found.is_some();
+            if let Some(found) = found {
+                let grant = names.grant(&found);
+                given.push((Arc::new(found), grant));
+            }
+            let grant = names.grant(&answer.name);
+            if !is_found || !grant.classes.is_empty() {
+                given.push((Arc::new(answer.name.clone()), grant));
+            }
         }
-        self.learned
-            .learn(self.enforcement, &answer.name, grant, &answered, now_ns)
+        let generation = self.context.generation;
+        Insertion::new(exchange, answer, addresses, given, (now_ns, generation))
     }
 
     /// Whether the pod is in audit mode: every message goes on, whatever the decision.
@@ -425,7 +481,7 @@ impl stream::Decide for Judge<'_> {
         Judge::ask(self, question, packet, pending);
     }
 
-    fn answer(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> bool {
+    fn answer(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> Answered {
         Judge::answer(self, message, packet, pending)
     }
 

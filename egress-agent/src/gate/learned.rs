@@ -13,10 +13,15 @@ use egress_common::{address::Address, records::AllowEntry};
 use lru::LruCache;
 
 use super::{
-    Enforcement, addresses::Addresses, eviction::Eviction, learned_address::Learned,
-    names_kept::NamesLost, tally::Tally,
+    Enforcement,
+    addresses::Addresses,
+    eviction::{Chosen, Eviction},
+    insertion::Insertion,
+    learned_address::Learned,
+    names_kept::NamesLost,
+    tally::Tally,
 };
-use crate::datapath::{AllowError, Kept, NamesError, OpenFlows};
+use crate::datapath::{AllowError, Kept, NamesError, OpenFlows, boottime_ns};
 use egress_dns::Name;
 use egress_policy::{Grant, NameRules};
 
@@ -99,6 +104,10 @@ pub(super) struct Table {
     /// When the lifetimes were last compared with the clock.
     expired_ns: u64,
     eviction: Eviction,
+    /// Addresses that were chosen to be evicted, and are still there.
+    chosen: Chosen,
+    /// The response whose addresses are being inserted.
+    pub(super) insertion: Option<Box<Insertion>>,
     /// How many addresses the last sweep kept although they had expired more than five minutes before.
     pub(super) expired_kept: usize,
     pub(super) failures: Failures,
@@ -136,6 +145,8 @@ impl Table {
             next_change_ns: u64::MAX,
             expired_ns: 0,
             eviction: Eviction::default(),
+            chosen: Chosen::default(),
+            insertion: None,
             expired_kept: 0,
             failures: Failures::default(),
             names_lost: NamesLost::default(),
@@ -182,6 +193,7 @@ impl Table {
     /// Stores an address as the most recently used one.
     pub(super) fn keep(&mut self, address: Address, learned: Learned, now_ns: u64) {
         self.next_change_ns = self.next_change_ns.min(learned.changes_ns(now_ns));
+        self.chosen.spare(&address);
         self.addresses.put(address, learned);
     }
 
@@ -207,22 +219,44 @@ impl Table {
             self.remember_unlisted(name, answered);
             return Ok(());
         }
-        self.make_room(allow, answered, now_ns)?;
-        let name = self.shared_name(name, answered);
-        for answered in answered {
+        let mut name = Arc::new(name.clone());
+        self.insert(
+            allow,
+            &mut name,
+            grant,
+            answered,
+            (answered, &mut None),
+            now_ns,
+        )
+    }
+
+    /// Inserts a `part` of the addresses of a response, like [`Self::learn`]. `all` are all of them, none of which is
+    /// evicted, and the same as a set once it is needed. `name` becomes the copy of the name that the table has already.
+    pub(super) fn insert(
+        &mut self,
+        allow: &mut impl Entries,
+        name: &mut Arc<Name>,
+        grant: Grant,
+        part: &[AnswerAddress],
+        all: (&[AnswerAddress], &mut Option<HashSet<Address>>),
+        now_ns: u64,
+    ) -> Result<(), AllowError> {
+        self.make_room(allow, part, all, now_ns)?;
+        self.share_name(name, part);
+        for answered in part {
             let address = answered.address;
             let known = self.addresses.peek(&address);
             let mut learned = known.cloned().unwrap_or_default();
-            let is_new = learned.source(&name).is_none();
-            let forgotten = learned.add(&name, grant, answered);
+            let is_new = learned.source(name).is_none();
+            let forgotten = learned.add(name, grant, answered);
             // The name is kept before the entry is written, so that no address is open without its name.
-            self.keep_name(allow, &name, &learned, answered);
+            self.keep_name(allow, name, &learned, answered);
             // Always writes the entry, even if the table believes that the map has it: a response waits for
             // it.
             learned.written = None;
             if let Err(error) = learned.write(address, allow, now_ns) {
                 if is_new {
-                    self.forget_name(allow, address, &name);
+                    self.forget_name(allow, address, name);
                 }
                 return Err(error);
             }
@@ -269,6 +303,7 @@ impl Table {
     ) -> Result<(), AllowError> {
         allow.remove(address)?;
         let removed = self.addresses.pop(&address);
+        self.note_removed(&address);
         for source in removed.iter().flat_map(|learned| &learned.sources) {
             self.forget_name(allow, address, &source.name);
         }
@@ -338,29 +373,54 @@ impl Table {
         names
     }
 
-    /// Evicts addresses if the new ones do not fit; see [`Eviction::choose`].
+    /// Evicts addresses if those of a `part` do not fit; see [`Eviction::choose`].
     fn make_room(
         &mut self,
         allow: &mut impl Entries,
-        answered: &[AnswerAddress],
+        part: &[AnswerAddress],
+        (all, kept): (&[AnswerAddress], &mut Option<HashSet<Address>>),
         now_ns: u64,
     ) -> Result<(), AllowError> {
-        if self.addresses.len() + answered.len() <= allow.capacity() {
+        if self.addresses.len() + part.len() <= allow.capacity() {
             return Ok(());
         }
-        let kept: HashSet<Address> = answered.iter().map(|answered| answered.address).collect();
-        let new = kept
-            .iter()
+        let kept = kept.get_or_insert_with(|| all.iter().map(|one| one.address).collect());
+        let addresses: HashSet<&Address> = part.iter().map(|one| &one.address).collect();
+        let new = addresses
+            .into_iter()
             .filter(|address| !self.addresses.contains(*address))
             .count();
         let wanted = (self.addresses.len() + new).saturating_sub(allow.capacity());
         if wanted == 0 {
             return Ok(());
         }
-        let chosen = self
-            .eviction
-            .choose(&self.addresses, &kept, wanted, allow, now_ns)?;
-        for address in chosen {
+        if !self.chosen.has(wanted, &self.addresses, kept, now_ns) {
+            let chosen = self
+                .eviction
+                .choose(&self.addresses, kept, wanted, allow, now_ns)?;
+            self.chosen = Chosen::new(chosen, now_ns);
+        }
+        for address in self.chosen.take(wanted) {
+            self.remove(allow, address)?;
+        }
+        Ok(())
+    }
+
+    /// Whether addresses are still to be evicted that were chosen for it.
+    pub(super) fn is_evicting(&self) -> bool {
+        !self.chosen.is_over(boottime_ns())
+    }
+
+    /// Evicts a part of the addresses that were chosen.
+    pub(super) fn evict_more(
+        &mut self,
+        allow: &mut impl Entries,
+        now_ns: u64,
+    ) -> Result<(), AllowError> {
+        if !self.chosen.has(1, &self.addresses, &HashSet::new(), now_ns) {
+            return Ok(());
+        }
+        for address in self.chosen.take(1) {
             self.remove(allow, address)?;
         }
         Ok(())
@@ -398,14 +458,16 @@ impl Table {
         self.unlisted.put(Arc::new(name.clone()), answered);
     }
 
-    /// A copy of the name that one of the addresses has already, or a new one.
-    fn shared_name(&self, name: &Name, answered: &[AnswerAddress]) -> Arc<Name> {
-        answered
+    /// Replaces the name by the copy that one of the addresses has already.
+    fn share_name(&self, name: &mut Arc<Name>, answered: &[AnswerAddress]) {
+        let known = answered
             .iter()
             .filter_map(|answered| self.addresses.peek(&answered.address))
             .flat_map(|learned| &learned.sources)
-            .find(|source| *source.name == *name)
-            .map_or_else(|| Arc::new(name.clone()), |source| Arc::clone(&source.name))
+            .find(|source| source.name == *name);
+        if let Some(known) = known {
+            *name = Arc::clone(&known.name);
+        }
     }
 }
 

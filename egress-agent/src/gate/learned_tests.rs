@@ -9,6 +9,8 @@ use super::{
 };
 use egress_policy::MayBeInternal;
 
+#[path = "insertion_tests.rs"]
+mod insertion;
 #[path = "learned_names_tests.rs"]
 mod names;
 

@@ -25,6 +25,7 @@ mod fragments;
 mod frame_sender;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+mod insertion;
 mod judge;
 mod learned;
 mod learned_address;

@@ -121,10 +121,11 @@ impl Pending {
     }
 
     /// Whether the response is one to an open query.
-    pub(super) fn expects(&self, exchange: &Exchange, answer: &Answer) -> bool {
+    pub(super) fn expects(&self, exchange: &Exchange, answer: &Answer, now_ns: u64) -> bool {
         let asked = self.asked.peek(exchange);
         asked.into_iter().flatten().any(|asked| {
             asked.is_for(&answer.name, answer.qtype, answer.qclass)
+                && asked.is_open(now_ns)
                 && (asked.in_other_case > 0 || asked.name_as_sent == answer.name_as_sent)
         })
     }

@@ -27,8 +27,9 @@ use super::{
     backlog::Backlog,
     budget::Budget,
     checksum::complete_udp,
-    fragments::Fragments,
+    fragments::{Fragments, Whole},
     frame_sender::FrameSender,
+    insertion::Progress,
     judge::{DecisionContext, Judge},
     learned::Table,
     open_questions::OpenQuestion,
@@ -36,7 +37,7 @@ use super::{
     quarantine::{Quarantine, as_sent},
     reply,
     share::Share,
-    stream::{Streams, To},
+    stream::{Answered, Streams, To},
     tally::Tally,
 };
 use crate::datapath::{HeldFrame, InterfaceMap, Kept, boottime_ns};
@@ -74,6 +75,8 @@ pub(super) struct Pod {
     stale_names: Vec<Kept>,
     streams: Streams,
     fragments: Fragments,
+    /// A datagram whose fragments are all there, and whose addresses are being inserted.
+    unfinished: Option<Box<Whole>>,
     /// Of the gate's time.
     share: Share,
     backlog: Backlog,
@@ -243,37 +246,38 @@ impl Pod {
     }
 
     /// Decides a frame from the ring. The frames to be sent wait in the frame sender.
-    pub(super) fn decide(&mut self, held: &HeldFrame<'_>, shared: &mut Shared) {
+    pub(super) fn decide(&mut self, held: &HeldFrame<'_>, shared: &mut Shared) -> Progress {
         let mut packet = Packet::EMPTY;
         if walk(&held.frame, &mut packet) != Walked::Ip {
             // The ring keeps only the beginning of a rejected packet, and the walk may need all of it.
             if held.head.kind == HELD_REJECT {
                 self.reject_cut(held, shared);
             }
-            return;
+            return Progress::Done;
         }
         if held.head.kind == HELD_QUESTION
             && let Some(reason) = self.why_misdirected(&packet, shared)
         {
             let (judge, _) = self.judge(shared, held.head.time_ns);
             judge.report_misdirected(&packet, reason);
-            return;
+            return Progress::Done;
         }
         match held.head.kind {
             HELD_ANSWER if packet.fragment != Fragment::None => {
-                self.fragment(held, &packet, shared);
+                return self.fragment(held, &packet, shared);
             }
             HELD_QUESTION if packet.bit == bits::TCP => {
-                self.segment(held, &packet, To::Resolver, shared);
+                return self.segment(held, &packet, To::Resolver, shared);
             }
             HELD_ANSWER if packet.bit == bits::TCP => {
-                self.segment(held, &packet, To::Pod, shared);
+                return self.segment(held, &packet, To::Pod, shared);
             }
+            HELD_ANSWER => return self.answer(held, &packet, shared),
             HELD_QUESTION => self.question(held, &packet, shared),
-            HELD_ANSWER => self.answer(held, &packet, shared),
             HELD_REJECT => reject(held, &packet, shared),
             _ => {}
         }
+        Progress::Done
     }
 
     /// Why a query must not be put back: it is not one of the pod's to a resolver, and `from_pod` does not
@@ -333,12 +337,16 @@ impl Pod {
         }
     }
 
-    fn answer(&mut self, held: &HeldFrame<'_>, packet: &Packet, shared: &mut Shared) {
+    fn answer(&mut self, held: &HeldFrame<'_>, packet: &Packet, shared: &mut Shared) -> Progress {
         let Some(message) = udp_payload(held.frame, packet) else {
-            return;
+            return Progress::Done;
         };
         let (mut judge, pending) = self.judge(shared, held.head.time_ns);
-        if judge.answer(message, packet, pending) && held.head.taken != 0 {
+        let answered = judge.answer(message, packet, pending);
+        if answered == Answered::Later {
+            return Progress::Later;
+        }
+        if answered == Answered::Delivered && held.head.taken != 0 {
             complete_udp(
                 shared
                     .frame_sender
@@ -346,6 +354,7 @@ impl Pod {
                 packet,
             );
         }
+        Progress::Done
     }
 
     fn judge<'a>(&'a mut self, shared: &'a Shared, time_ns: u64) -> (Judge<'a>, &'a mut Pending) {

@@ -207,7 +207,9 @@ impl Runner {
                 return;
             };
             if pod.may_decide_now(turns.now_ns()) {
-                pod.process(&held, interfaces, shared, waiting);
+                if pod.process_first(&held, interfaces, shared, waiting) {
+                    turns.add(id);
+                }
             } else if pod.push_backlog(&held, shared) {
                 turns.add(id);
             }

@@ -188,6 +188,28 @@ fn a_response_of_64_kib_arrives_and_its_addresses_are_learned() {
 }
 
 #[test]
+fn a_long_response_arrives_after_its_addresses_while_the_policy_changes() {
+    const ADDRESSES: u32 = 2000;
+    let scene = Scene::new();
+    scene.lab.dns().on("shop.test", |asked| {
+        let many = (1..ADDRESSES).map(|n| address(numbered(n)));
+        let all: Vec<_> = many.chain([address(server(10))]).collect();
+        vec![Send::answer(asked, &all)]
+    });
+    for edit in 0..10 {
+        let mut stream = DnsStream::open(&scene.pod, RESOLVER);
+        stream.ask(1, "shop.test");
+        let allow = format!("shop.test:443 e{edit}.test:443");
+        scene.lab.write_pod(&scene.pod, &[("allow", &allow)]);
+        let answer = stream.expect(1);
+        assert_eq!(answer.addresses.len(), ADDRESSES as usize);
+        assert!(scene.pod.reaches(server(10)), "the last address is closed");
+        assert_eq!(scene.learned().len(), ADDRESSES as usize);
+    }
+    assert!(scene.agent.denials().is_empty());
+}
+
+#[test]
 fn a_refused_query_over_tcp_is_answered_on_the_node() {
     let scene = Scene::new();
     let printed = scene.dig(&["+tcp", "evil.test"]);

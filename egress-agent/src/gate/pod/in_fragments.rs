@@ -7,7 +7,9 @@ use super::{
         DnsSettings,
         checksum::is_right_udp,
         fragments::{self, Whole},
+        insertion::Progress,
         judge::Judge,
+        stream::Answered,
     },
     HeldFrame, Pod, Shared, udp_payload,
 };
@@ -15,7 +17,12 @@ use super::{
 impl Pod {
     /// Adds a fragment to its datagram. If the datagram is then complete and may pass, puts back all its
     /// fragments, in the order of their offsets.
-    pub(super) fn fragment(&mut self, held: &HeldFrame<'_>, packet: &Packet, shared: &mut Shared) {
+    pub(super) fn fragment(
+        &mut self,
+        held: &HeldFrame<'_>,
+        packet: &Packet,
+        shared: &mut Shared,
+    ) -> Progress {
         let fragment = fragments::Held {
             frame: held.frame,
             packet,
@@ -29,13 +36,16 @@ impl Pod {
             ..
         } = self;
         let mut judge = Judge::new(enforcement, learned, &shared.context, time_ns);
-        let whole = self
-            .fragments
-            .add(&fragment, time_ns, &mut shared.fragments, |packet, why| {
-                judge.report_lost_fragments(packet, why);
-            });
+        // In an earlier turn this fragment has completed its datagram.
+        let whole = self.unfinished.take().or_else(|| {
+            self.fragments
+                .add(&fragment, time_ns, &mut shared.fragments, |packet, why| {
+                    judge.report_lost_fragments(packet, why);
+                })
+                .map(Box::new)
+        });
         let Some(whole) = whole else {
-            return;
+            return Progress::Done;
         };
         let may_pass = match answer(&whole, &shared.context.dns) {
             Answer::No => true,
@@ -43,7 +53,14 @@ impl Pod {
                 judge.report_lost_fragments(&whole.packet, why);
                 false
             }
-            Answer::Yes(message) => judge.answer(message, &whole.packet, &mut self.pending),
+            Answer::Yes(message) => match judge.answer(message, &whole.packet, &mut self.pending) {
+                Answered::Delivered => true,
+                Answered::Withheld => false,
+                Answered::Later => {
+                    self.unfinished = Some(whole);
+                    return Progress::Later;
+                }
+            },
         };
         if may_pass {
             let pod = enforcement.entry.pod();
@@ -53,6 +70,7 @@ impl Pod {
                     .deliver((piece.ifindex, pod), &piece.frame);
             }
         }
+        Progress::Done
     }
 
     /// Gives up datagrams whose fragments do not arrive in time.

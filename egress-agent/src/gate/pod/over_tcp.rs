@@ -10,6 +10,7 @@ use super::{
     super::{
         budget::Budget,
         frame_sender::FrameSender,
+        insertion::Progress,
         judge::Judge,
         stream::{Out, Step, Streams, To},
     },
@@ -55,21 +56,27 @@ impl Pod {
         packet: &Packet,
         to: To,
         shared: &mut Shared,
-    ) {
+    ) -> Progress {
         let port = (held.head.ifindex, held.head.taken != 0);
-        self.with_streams(shared, port, held.head.time_ns, |streams, step, budget| {
-            streams.segment(held.frame, packet, to, step, budget);
-        });
+        let is_later =
+            self.with_streams(shared, port, held.head.time_ns, |streams, step, budget| {
+                streams.segment(held.frame, packet, to, step, budget)
+            });
+        if is_later {
+            Progress::Later
+        } else {
+            Progress::Done
+        }
     }
 
     /// Does something with the connections. `is_taken` is whether their segments wait to be put back.
-    fn with_streams(
+    fn with_streams<T>(
         &mut self,
         shared: &mut Shared,
         (ifindex, is_taken): (IfIndex, bool),
         now_ns: u64,
-        run: impl FnOnce(&mut Streams, &mut Step<'_, Judge<'_>, Port<'_>>, &mut Budget),
-    ) {
+        run: impl FnOnce(&mut Streams, &mut Step<'_, Judge<'_>, Port<'_>>, &mut Budget) -> T,
+    ) -> T {
         let is_audit = self.enforcement.entry.mode == MODE_AUDIT;
         let pod = self.enforcement.entry.pod();
         let Self {
@@ -88,7 +95,7 @@ impl Pod {
             out: &mut port,
             now_ns,
         };
-        run(&mut self.streams, &mut step, &mut shared.streams);
+        run(&mut self.streams, &mut step, &mut shared.streams)
     }
 
     /// Resets the split connections with resolvers, which need the agent: it is about to stop following them.

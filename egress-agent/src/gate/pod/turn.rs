@@ -7,7 +7,8 @@ use egress_common::{
 
 use super::{
     super::{
-        Judged, frame_sender::FrameSender, quarantine::as_sent, stats::PutBackTimes, turns::Turns,
+        Judged, frame_sender::FrameSender, insertion::Progress, quarantine::as_sent,
+        stats::PutBackTimes, turns::Turns,
     },
     HeldFrame, InterfaceMap, Pod, Shared, boottime_ns,
 };
@@ -72,12 +73,16 @@ impl Pod {
 
     /// Whether the pod needs turns. A pod whose policy is changing needs none: its messages wait.
     pub(in super::super) fn needs_turns(&self) -> bool {
-        let has_work = !self.backlog.is_empty() || self.has_repetitions() || self.has_replaced();
+        let has_work = !self.backlog.is_empty()
+            || self.has_repetitions()
+            || self.has_replaced()
+            || self.learned.is_evicting();
         has_work && !self.is_changing()
     }
 
-    /// Decides the oldest message of the backlog, and repeats the bytes of one connection with a resolver; forgets a
-    /// part of what an earlier version of the policy had. Returns whether nothing is left to do.
+    /// Decides the oldest message of the backlog, and repeats the bytes of one connection with a resolver; evicts a part
+    /// of the addresses that were chosen for it, and forgets a part of what an earlier version of the policy had. Returns
+    /// whether nothing is left to do.
     pub(in super::super) fn take_turn(
         &mut self,
         interfaces: &InterfaceMap,
@@ -87,34 +92,61 @@ impl Pod {
         if self.is_changing() {
             return true;
         }
-        if let Some(waiting) = self.backlog.pop(&mut shared.backlog) {
-            self.process(&waiting.held(), interfaces, shared, sent);
+        if let Some(waiting) = self.backlog.pop(&mut shared.backlog)
+            && self.process(&waiting.held(), interfaces, shared, sent) == Progress::Later
+        {
+            self.backlog.put_back(waiting, &mut shared.backlog);
+        }
+        let evicted = self
+            .learned
+            .evict_more(&mut self.enforcement, boottime_ns());
+        if let Err(error) = evicted {
+            self.learned.failures.add(error);
         }
         self.forget_replaced();
         self.repeat_next(shared);
         !self.needs_turns()
     }
 
-    /// Decides a message. The frames to be sent wait in the frame sender.
-    pub(in super::super) fn process(
+    /// Decides a message that has just come, at once or, if that takes long, in parts. Returns whether the pod needs
+    /// turns.
+    pub(in super::super) fn process_first(
         &mut self,
         held: &HeldFrame<'_>,
         interfaces: &InterfaceMap,
         shared: &mut Shared,
         sent: &mut PutBackTimes,
-    ) {
+    ) -> bool {
+        while self.process(held, interfaces, shared, sent) == Progress::Later {
+            // Without room in the backlog the other parts follow at once.
+            if self.backlog.push_first(held, &mut shared.backlog) {
+                return true;
+            }
+        }
+        self.learned.is_evicting()
+    }
+
+    /// Decides a message. The frames to be sent wait in the frame sender.
+    fn process(
+        &mut self,
+        held: &HeldFrame<'_>,
+        interfaces: &InterfaceMap,
+        shared: &mut Shared,
+        sent: &mut PutBackTimes,
+    ) -> Progress {
         // The pod became known between the query and now.
         if self.has_lost_interface(&held.head, interfaces) {
             shared
                 .frame_sender
                 .again(held.head.ifindex, &as_sent(held.frame));
-            return;
+            return Progress::Done;
         }
         let frames = shared.frame_sender.frames();
-        self.decide(held, shared);
+        let progress = self.decide(held, shared);
         let is_message = held.head.taken != 0 && held.head.kind != HELD_REJECT;
         if is_message && shared.frame_sender.frames() > frames {
             sent.note(held.head.time_ns);
         }
+        progress
     }
 }

@@ -73,6 +73,7 @@ impl Pod {
             replaced: Vec::new(),
             streams: Streams::new(),
             fragments: Fragments::new(),
+            unfinished: None,
             share: Share::new(now_ns),
             backlog: Backlog::default(),
             tallies: Tallies::default(),
@@ -207,6 +208,8 @@ impl Pod {
             return Err(error);
         }
         self.decided = DecidedNames::default();
+        // Its classes are those of the version before.
+        self.learned.insertion = None;
         if let Some(carried) = carried {
             log_nameless(&next, carried.nameless());
             let mut learned = carried.into_table();

@@ -15,14 +15,25 @@ pub(in super::super) enum Asked {
     Unreadable,
 }
 
+/// The decision on a response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in super::super) enum Answered {
+    /// It may be delivered: its allowed addresses are in the allow map.
+    Delivered,
+    /// It must not be delivered.
+    Withheld,
+    /// Not all of its addresses are in the allow map yet. The decision is to be asked for again.
+    Later,
+}
+
 /// Decides on messages, and reports those that do not pass.
 pub(in super::super) trait Decide {
     /// Decides on a query.
     fn question(&mut self, message: &[u8], packet: &Packet) -> Asked;
     /// Records a query that goes out.
     fn ask(&mut self, question: &Question, packet: &Packet, pending: &mut Pending);
-    /// Whether a response may be delivered. If so, its allowed addresses are in the allow map.
-    fn answer(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> bool;
+    /// Decides on a response.
+    fn answer(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> Answered;
     /// Whether these bytes may be the beginning of a response that may be delivered.
     fn may_begin(&mut self, message: &[u8], packet: &Packet, pending: &Pending) -> bool;
     /// Whether a packet goes to a resolver of the current configuration.
@@ -42,6 +53,8 @@ pub(in super::super) struct Step<'a, D, O> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Next {
     Keep,
+    /// A response waits for [`Answered::Later`]. Nothing else has been done that the same segment would not do again.
+    Later,
     Forget,
 }
 

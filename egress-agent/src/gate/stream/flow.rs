@@ -19,7 +19,7 @@ use egress_common::{
 use super::{
     super::pending::Pending,
     buffer::{Refused, StreamBuffer},
-    decide::{Asked, Decide, Next, Step},
+    decide::{Answered, Asked, Decide, Next, Step},
     frames::{Ends, Out, Own, To, put_bare},
     put_allowed::{Put, put_allowed},
     segment::{Segment, URG},
@@ -266,8 +266,10 @@ impl Flow {
         }
         while let Some(message) = self.answered.message() {
             let pending = &mut self.pending;
-            if !step.decide.answer(message, segment.packet, pending) {
-                return self.fail(step.out);
+            match step.decide.answer(message, segment.packet, pending) {
+                Answered::Delivered => {}
+                Answered::Withheld => return self.fail(step.out),
+                Answered::Later => return Next::Later,
             }
             self.answered.take_message();
         }

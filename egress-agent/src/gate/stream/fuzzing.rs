@@ -13,7 +13,8 @@ use super::{
         checksum::Checksum,
         pending::{Exchange, Pending},
     },
-    Asked, Budget, Decide, FLOWS, Key, LIMITS, Out, QUESTION_MAX, Segment, Step, Streams, To,
+    Answered, Asked, Budget, Decide, FLOWS, Key, LIMITS, Out, QUESTION_MAX, Segment, Step, Streams,
+    To,
     segment::URG,
 };
 use egress_dns::{Answer, Question, Refusal, read_answer, read_beginning, read_question, refuse};
@@ -51,6 +52,8 @@ struct Decisions {
     /// The beginning of a deliverable response.
     begun: Vec<u8>,
     lost: usize,
+    /// How often the decision on a response was asked for.
+    turns: u64,
 }
 
 impl Decisions {
@@ -99,14 +102,19 @@ impl Decide for Decisions {
         pending.ask(exchange, question, self.now_ns);
     }
 
-    fn answer(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> bool {
+    fn answer(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> Answered {
+        self.turns += 1;
+        if self.turns % 3 != 0 {
+            return Answered::Later;
+        }
         let delivered = read_answer(message).is_ok_and(|answer| {
             pending.answer(Self::answered(packet, &answer), &answer, self.now_ns)
         });
         if delivered {
             self.answers.push_back(message.to_vec());
+            return Answered::Delivered;
         }
-        delivered
+        Answered::Withheld
     }
 
     fn may_begin(&mut self, message: &[u8], packet: &Packet, pending: &Pending) -> bool {
@@ -115,7 +123,9 @@ impl Decide for Decisions {
             "an undecided beginning passes after a refusal"
         );
         let delivered = read_beginning(message).is_ok_and(|answer| {
-            answer.is_none_or(|answer| pending.expects(&Self::answered(packet, &answer), &answer))
+            answer.is_none_or(|answer| {
+                pending.expects(&Self::answered(packet, &answer), &answer, self.now_ns)
+            })
         });
         self.begun = message.to_vec();
         delivered
@@ -271,8 +281,10 @@ impl Scene {
             decide: &mut self.decisions,
             out: &mut self.line,
         };
-        self.streams
-            .segment(&frame, &packet, to, &mut step, &mut self.budget);
+        while self
+            .streams
+            .segment(&frame, &packet, to, &mut step, &mut self.budget)
+        {}
         self.check_invariants();
     }
 

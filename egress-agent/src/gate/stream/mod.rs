@@ -40,7 +40,7 @@ use egress_common::{
 };
 use lru::LruCache;
 
-pub(super) use decide::{Asked, Decide, Step};
+pub(super) use decide::{Answered, Asked, Decide, Step};
 use decide::{Next, Timer};
 use flow::Flow;
 pub(super) use frames::{Out, To};
@@ -97,7 +97,8 @@ impl Streams {
         }
     }
 
-    /// Decides a segment on its way to the end `to`.
+    /// Decides a segment on its way to the end `to`. Returns whether it must be decided again in a later turn, because a
+    /// response waits for [`Answered::Later`].
     pub(super) fn segment<D: Decide, O: Out>(
         &mut self,
         frame: &[u8],
@@ -105,18 +106,18 @@ impl Streams {
         to: To,
         step: &mut Step<'_, D, O>,
         budget: &mut Budget,
-    ) {
+    ) -> bool {
         let read = Segment::read(frame, packet);
         let Some(segment) = read.filter(|segment| segment.checksum != Checksum::Wrong) else {
             self.damaged += 1;
-            return;
+            return false;
         };
         let cleaned = with_known_options(&segment);
         let Some(segment) = cleaned
             .as_ref()
             .map_or(Some(segment), |frame| Segment::read(frame, packet))
         else {
-            return;
+            return false;
         };
         let key = match to {
             To::Resolver => Key {
@@ -137,7 +138,7 @@ impl Streams {
         }
         let Some(flow) = self.flows.get_mut(&key) else {
             reset_unknown_connection(&segment, to, step);
-            return;
+            return false;
         };
         let before = flow.allocated();
         let mut next = match to {
@@ -147,12 +148,13 @@ impl Streams {
         let after = flow.allocated();
         budget.add(&mut self.kept, after);
         budget.take_back(&mut self.kept, before);
-        if next == Next::Keep && after > before && budget.is_over(&self.kept) {
+        if next != Next::Forget && after > before && budget.is_over(&self.kept) {
             next = flow.lose(packet, "no memory is left", step);
         }
         if next == Next::Forget {
             self.forget(&key, budget);
         }
+        next == Next::Later
     }
 
     /// Starts a connection with a SYN, unless the SYN repeats that of a known connection.

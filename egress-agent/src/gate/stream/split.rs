@@ -16,7 +16,7 @@ use egress_common::packet::{TCP_ACK, TCP_FIN, TCP_SYN};
 
 use super::{
     buffer::{PREFIX, Refused},
-    decide::{Asked, Decide, Next, Step},
+    decide::{Answered, Asked, Decide, Next, Step},
     flow::{ANSWERED_LIMIT, ASKED_LIMIT, Flow},
     frames::{Out, Own, To},
     memory,
@@ -231,10 +231,12 @@ impl Split {
         mut owed: Owed,
         step: &mut Step<'_, D, O>,
     ) -> Next {
-        if self.take_answers(flow, step) == Next::Forget
-            || self.take_questions(flow, step) == Next::Forget
-        {
-            return Next::Forget;
+        let mut next = self.take_answers(flow, step);
+        if next == Next::Keep {
+            next = self.take_questions(flow, step);
+        }
+        if next != Next::Keep {
+            return next;
         }
         flow.asked.forward_all();
         flow.answered.forward_all();
@@ -273,8 +275,11 @@ impl Split {
             if is_full || self.to_pod.has_unsent() {
                 return Next::Keep;
             }
-            let is_delivered = step.decide.answer(message, &packet, &mut flow.pending);
-            if is_delivered {
+            let answered = step.decide.answer(message, &packet, &mut flow.pending);
+            if answered == Answered::Later {
+                return Next::Later;
+            }
+            if answered == Answered::Delivered {
                 let from = flow.answered.parsed();
                 let message = flow.answered.slice(from, from + len as u64);
                 self.to_pod

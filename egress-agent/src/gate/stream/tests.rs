@@ -44,6 +44,8 @@ impl Out for Line {
 struct Rules {
     lost: usize,
     answers: Vec<Vec<u8>>,
+    /// How many more turns the next response needs.
+    turns_left: usize,
 }
 
 impl Decide for Rules {
@@ -59,9 +61,17 @@ impl Decide for Rules {
 
     fn ask(&mut self, _: &Question, _: &Packet, _: &mut Pending) {}
 
-    fn answer(&mut self, message: &[u8], _: &Packet, _: &mut Pending) -> bool {
+    fn answer(&mut self, message: &[u8], _: &Packet, _: &mut Pending) -> Answered {
+        if self.turns_left > 0 {
+            self.turns_left -= 1;
+            return Answered::Later;
+        }
         self.answers.push(message.to_vec());
-        !message.starts_with(b"n")
+        if message.starts_with(b"n") {
+            Answered::Withheld
+        } else {
+            Answered::Delivered
+        }
     }
 
     fn may_begin(&mut self, message: &[u8], _: &Packet, _: &Pending) -> bool {
@@ -148,8 +158,18 @@ impl Scene {
             out: &mut self.line,
             now_ns: self.now_ns,
         };
-        self.streams
-            .segment(&frame, &packet, to, &mut step, &mut self.budget);
+        while self
+            .streams
+            .segment(&frame, &packet, to, &mut step, &mut self.budget)
+        {
+            let seen: Vec<_> = step
+                .out
+                .0
+                .iter()
+                .filter(|(_, _, _, _, bytes)| !bytes.is_empty())
+                .collect();
+            assert!(seen.is_empty(), "bytes pass before the decision: {seen:?}");
+        }
         std::mem::take(&mut self.line.0)
     }
 
@@ -228,6 +248,20 @@ fn stream(seen: &[Seen], towards: To, first: u32) -> Vec<u8> {
         }
     }
     bytes
+}
+
+#[test]
+fn a_response_that_takes_several_turns_passes_after_the_last() {
+    let mut scene = Scene::new();
+    let question = asking("ask");
+    scene.asks(0, &question);
+    scene.rules.turns_left = 3;
+    let answer = framed(b"an answer");
+    let seen = scene.answers(0, &answer, question.len());
+    assert_eq!(seen.len(), 1);
+    assert_eq!(stream(&seen, To::Pod, ISS), answer);
+    assert_eq!(scene.rules.answers, [b"an answer"]);
+    assert_eq!(scene.streams.kept.amount(), answer.len());
 }
 
 #[test]

@@ -1,0 +1,175 @@
+//! Insertions in parts.
+
+use egress_common::address::from_v4;
+use egress_dns::{
+    packets::{Packet, wire_name},
+    read_answer,
+};
+
+use super::*;
+use crate::gate::insertion::{Insertion, PART, Progress};
+use crate::gate::pending::Exchange;
+
+const EXCHANGE: Exchange = Exchange {
+    pod_addr: [1; 16],
+    resolver: [2; 16],
+    resolver_port: 53,
+    pod_port: 40_000,
+    id: Packet::ID,
+};
+const GENERATION: u32 = 7;
+
+fn many(first: u16, count: usize) -> Vec<AnswerAddress> {
+    let all = (first..).take(count).map(|number| {
+        let [high, low] = number.to_be_bytes();
+        AnswerAddress {
+            address: from_v4([10, 0, high, low]),
+            by_stranger: false,
+            expires_ns: 60 * SECOND,
+        }
+    });
+    all.collect()
+}
+
+fn insertion(names: &[&str], addresses: &[AnswerAddress]) -> Box<Insertion> {
+    let message = Packet::query_of_wire(&wire_name(names[0]), 1).flags(0x8180);
+    let names = names
+        .iter()
+        .map(|text| (Arc::new(name(text)), grant(1)))
+        .collect();
+    Box::new(Insertion::new(
+        EXCHANGE,
+        read_answer(&message.bytes()).unwrap(),
+        addresses.to_vec(),
+        names,
+        (0, GENERATION),
+    ))
+}
+
+/// How many turns the insertion takes.
+fn turns(table: &mut Table, allow: &mut Fake, insertion: &mut Insertion) -> usize {
+    let mut turns = 1;
+    while table.proceed(allow, insertion, SECOND).unwrap() == Progress::Later {
+        turns += 1;
+    }
+    turns
+}
+
+#[test]
+fn many_addresses_are_inserted_in_parts() {
+    let (mut table, mut allow) = (Table::new(), fake(500));
+    let all = many(0, 100);
+    let mut insertion = insertion(&["a.test", "b.test"], &all);
+    let mut most = 0;
+    loop {
+        let before = allow.writes;
+        let progress = table.proceed(&mut allow, &mut insertion, SECOND).unwrap();
+        most = most.max(allow.writes - before);
+        if progress == Progress::Done {
+            break;
+        }
+    }
+    assert_eq!(most, PART);
+    assert_eq!(allow.writes, 200, "each address for each of the names");
+    assert_eq!(allow.entries.len(), 100);
+    for text in ["a.test", "b.test"] {
+        let name = name(text);
+        assert!(all.iter().all(|one| table.has(&one.address, &name)));
+    }
+}
+
+#[test]
+fn few_addresses_are_inserted_at_once() {
+    let (mut table, mut allow) = (Table::new(), fake(500));
+    let mut insertion = insertion(&["a.test"], &many(0, PART));
+    assert_eq!(turns(&mut table, &mut allow, &mut insertion), 1);
+    assert_eq!(allow.entries.len(), PART);
+}
+
+#[test]
+fn the_parts_of_a_response_do_not_evict_each_other() {
+    let (mut table, mut allow) = (Table::new(), fake(200));
+    let (old, new) = (many(0, 200), many(1000, 200));
+    turns(&mut table, &mut allow, &mut insertion(&["old.test"], &old));
+    turns(&mut table, &mut allow, &mut insertion(&["new.test"], &new));
+    assert_eq!(allow.entries.len(), 200);
+    assert!(
+        new.iter()
+            .all(|one| allow.entries.contains_key(&one.address))
+    );
+}
+
+#[test]
+fn a_response_of_many_parts_larger_than_the_map_is_not_inserted() {
+    let (mut table, mut allow) = (Table::new(), fake(50));
+    let mut insertion = insertion(&["a.test"], &many(0, 60));
+    let inserted = table.proceed(&mut allow, &mut insertion, SECOND);
+    assert!(matches!(inserted, Err(AllowError::Full)));
+    assert!(allow.entries.is_empty());
+}
+
+#[test]
+fn an_insertion_continues_only_for_its_own_response() {
+    let (mut table, mut allow) = (Table::new(), fake(500));
+    let other = Exchange { id: 1, ..EXCHANGE };
+    for (exchange, message, settings, continues) in [
+        (EXCHANGE, b"message", (2 * SECOND, GENERATION), true),
+        (EXCHANGE, b"message", (3 * SECOND, GENERATION), false),
+        (other, b"message", (SECOND, GENERATION), false),
+        (EXCHANGE, b"another", (SECOND, GENERATION), false),
+        (EXCHANGE, b"message", (SECOND, GENERATION + 1), false),
+    ] {
+        let mut insertion = insertion(&["a.test"], &many(0, 100));
+        table.proceed(&mut allow, &mut insertion, SECOND).unwrap();
+        table.continue_later(insertion, b"message", SECOND);
+        let begun = table.begun(&exchange, message, settings);
+        assert_eq!(begun.is_some(), continues);
+    }
+}
+
+#[test]
+fn an_insertion_begins_again_when_one_of_its_addresses_is_removed() {
+    let (mut table, mut allow) = (Table::new(), fake(500));
+    let (all, other) = (many(0, 100), many(1000, 1));
+    let mut rest = insertion(&["b.test"], &other);
+    turns(&mut table, &mut allow, &mut rest);
+    let mut begun = insertion(&["a.test"], &all);
+    table.proceed(&mut allow, &mut begun, SECOND).unwrap();
+    table.continue_later(begun, b"message", SECOND);
+    table.remove(&mut allow, other[0].address).unwrap();
+    assert!(table.insertion.is_some(), "it has no such address");
+    table.remove(&mut allow, all[0].address).unwrap();
+    assert!(table.insertion.is_none());
+}
+
+#[test]
+fn a_batch_is_evicted_in_parts_and_without_what_is_used_again() {
+    const CAPACITY: usize = 2048;
+    let (mut table, mut allow) = (Table::new(), fake(CAPACITY));
+    let mut learn = |all: &[AnswerAddress], now_ns| {
+        let before = allow.entries.len();
+        table
+            .learn(&mut allow, &name("a.test"), grant(1), all, now_ns)
+            .unwrap();
+        (
+            before + all.len() - allow.entries.len(),
+            allow.entries.len(),
+        )
+    };
+    let old = many(0, CAPACITY);
+    learn(&old, 0);
+    // The first of a batch of 128.
+    let (evicted, left) = learn(&many(5000, 1), SECOND);
+    assert_eq!((evicted, left), (32, CAPACITY - 31));
+    // The next ones of the batch would be these.
+    learn(&old[32..64], SECOND);
+    for number in 0..40 {
+        learn(&many(5001 + number, 1), SECOND);
+    }
+    assert!(
+        old[32..64]
+            .iter()
+            .all(|one| allow.entries.contains_key(&one.address))
+    );
+    assert!(!allow.entries.contains_key(&old[64].address));
+}
