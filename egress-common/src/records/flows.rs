@@ -98,6 +98,10 @@ impl FlowKey {
     /// Whether two keys are equal. A comparison of the structures would call a function that the kernel does not have.
     #[must_use]
     #[inline(always)]
+    #[expect(
+        clippy::needless_bitwise_bool,
+        reason = "the kernel's verifier follows each branch"
+    )]
     pub const fn same(&self, other: &Self) -> bool {
         let ports = self.pod_port ^ other.pod_port | self.peer_port ^ other.peer_port;
         let kinds = self.protocol ^ other.protocol | self.kind ^ other.kind;

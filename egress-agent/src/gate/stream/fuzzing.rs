@@ -104,7 +104,7 @@ impl Decide for Decisions {
 
     fn answer(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> Answered {
         self.turns += 1;
-        if self.turns % 3 != 0 {
+        if !self.turns.is_multiple_of(3) {
             return Answered::Later;
         }
         let delivered = read_answer(message).is_ok_and(|answer| {
