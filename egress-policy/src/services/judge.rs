@@ -444,7 +444,7 @@ impl<'a> Judge<'a> {
         let is_plain = places.is_plain(endpoint)
             && (is_same_port || !places.is_special(transport, endpoint.port()));
         if reason != Reason::DenyRule {
-            return (!is_plain).then_some(None);
+            return (!is_plain || !seen.is_internal).then_some(None);
         }
         if !seen.classes.meets(ClassSet::one(class)) {
             return Some(Some(class));
@@ -468,7 +468,10 @@ impl<'a> Judge<'a> {
         if !alone.is_empty() {
             return Some(Some(alone.first()));
         }
-        (!is_plain).then_some(Some(class))
+        // An entry about outside hosts may allow the Service's address before that.
+        let allowing = (seen.classes.or(seen.wide)).without(record.deny);
+        let is_allowed = !allowing.is_empty() && allowing.first() < class;
+        (!is_plain || is_allowed && !seen.is_internal).then_some(Some(class))
     }
 
     /// The rule that allows a port of a cluster IP because entries with their addresses allow all endpoints.

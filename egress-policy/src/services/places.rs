@@ -1,6 +1,9 @@
 //! The kinds of addresses on a node, as the kernel's maps `ranges` and `tunnels` have them.
 
-use std::{collections::HashMap, net::SocketAddr};
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+};
 
 use egress_common::{
     address::Address,
@@ -128,13 +131,19 @@ impl Places {
             && prefix_len(range.kinds) == 0
     }
 
-    /// Whether an endpoint of the Service may be denied without a rule.
+    fn is_internal(&self, address: IpAddr) -> bool {
+        self.ranges.get(&to_mapped(address)).kinds & RANGE_INTERNAL != 0
+    }
+
+    /// Whether an endpoint of the Service may be denied without a rule while the Service is not.
     pub(super) fn are_suspect(&self, service: &Service) -> bool {
-        service.ports.iter().any(|port| {
-            let mut endpoints = port.endpoints.iter();
-            endpoints.any(|endpoint| {
-                !self.is_plain(endpoint) || self.is_special(port.transport, endpoint.port())
+        let mut external = service.external.iter();
+        external.any(|address| !self.is_internal(*address))
+            || service.ports.iter().any(|port| {
+                let mut endpoints = port.endpoints.iter();
+                endpoints.any(|endpoint| {
+                    !self.is_plain(endpoint) || self.is_special(port.transport, endpoint.port())
+                })
             })
-        })
     }
 }

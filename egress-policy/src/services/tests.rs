@@ -320,6 +320,29 @@ fn an_entry_for_an_outside_host_does_not_open_a_service_that_takes_its_address()
 }
 
 #[test]
+fn an_entry_for_outside_hosts_does_not_lead_to_a_denied_pod() {
+    let mut taking = Service::clone(&web(&["10.1.0.2:80"]));
+    taking.external = vec!["198.51.100.7".parse().unwrap()];
+    let known = known(&[Arc::new(taking)]);
+    let passes = |list: Option<&str>, rules: &[(TierAction, &str)], settings: &Settings| {
+        let policy = with(&compiled(list, rules, settings), &known, settings);
+        verdict(&policy, "198.51.100.7:80", Transport::Tcp) == Verdict::Pass
+    };
+    let open = settings();
+    let closed = Settings {
+        allow_internal: false,
+        ..settings()
+    };
+    for entry in ["198.51.100.7:80", "198.51.100.0/24"] {
+        assert!(passes(Some(entry), &[], &open), "the pod is not denied");
+        assert!(!passes(Some(entry), &[], &closed));
+        let rules = [(TierAction::Allow, entry), (TierAction::Deny, "0.0.0.0/0")];
+        assert!(!passes(None, &rules, &open));
+    }
+    assert!(passes(Some("198.51.100.7:80 10.1.0.2:80"), &[], &closed));
+}
+
+#[test]
 fn a_tunnel_behind_another_port_is_denied() {
     let settings = settings();
     let mut service = Service::clone(&web(&["10.9.0.1:4789"]));
