@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use egress_tests::{
     Agent, DEADLINE, Lab, Pod, SHORT,
     addresses::{RESOLVER, server},
-    dns::{DnsStream, RecordType},
+    dns::{DnsStream, RecordType, address},
     eventually, exchange, holds,
     observed::HTTP,
 };
@@ -112,4 +112,37 @@ fn without_an_agent_undecided_names_are_not_resolved_by_default() {
         assert!(!scene.is_resolved("late.test"), "an undecided name");
     }
     assert_eq!(scene.lab.dns().queries_for("late.test"), 0);
+}
+
+#[test]
+fn a_lifetime_that_grew_without_an_agent_survives_an_edit_of_the_policy() {
+    let lab = Lab::builder()
+        .config("dns.learn", "kernel")
+        .config("http", HTTP)
+        .exact_lifetimes()
+        .build();
+    let _web = lab.serve_tcp(443);
+    let lives = |seconds: u32| {
+        lab.dns()
+            .answer("shop.test", vec![address(server(10)).ttl(seconds)]);
+    };
+    let pod = lab.pod("shop", "cart");
+    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+    let mut agent = lab.start_agent(&[&pod]);
+    lives(8);
+    for _ in 0..2 {
+        assert_eq!(pod.lookup("shop.test"), [server(10)]);
+    }
+    let first = Instant::now();
+    eventually("the agent has kept the name", || {
+        holds(!lab.pod_entries(&pod, "names").is_empty())
+    });
+    agent.kill();
+    lives(300);
+    assert_eq!(pod.lookup("shop.test"), [server(10)]);
+    std::thread::sleep(Duration::from_secs(9).saturating_sub(first.elapsed()));
+    assert!(pod.reaches(server(10)));
+    lab.write_pod(&pod, &[("allow", "shop.test:443 other.test:443")]);
+    let _agent = lab.start_agent(&[&pod]);
+    assert!(pod.reaches(server(10)));
 }

@@ -41,7 +41,7 @@ impl Pod {
     pub(in super::super) fn new(mut enforcement: Enforcement, now_ns: u64) -> Result<Self> {
         let kept = enforcement.names.entries()?;
         let compiled = Arc::clone(&enforcement.compiled);
-        let left = std::mem::take(&mut enforcement.left);
+        let mut left = std::mem::take(&mut enforcement.left);
         let learned = if left.is_empty() {
             let entries = enforcement.allow.entries()?;
             Table::taken_over(entries, &kept, Some(&compiled.names))
@@ -52,6 +52,10 @@ impl Pod {
             }
             let alike = left.iter().all(|left| left.alike);
             let mut before = Table::taken_over(entries, &kept, alike.then_some(&compiled.names));
+            // What the programs have learned of these names while no agent ran.
+            for learning in left.iter_mut().filter_map(|left| left.allow.learning()) {
+                before.refresh(learning.lifetimes()?);
+            }
             let learned = before
                 .carry_over(&compiled.names, alike, &mut enforcement, now_ns)
                 .context(CANNOT_FILL)?;
