@@ -8,7 +8,7 @@ use std::{
 
 use egress_agent::datapath::{
     Action, AllowMap, Attach, Datapath, DenialRing, DryRun, FlowMap, HeldRing, Hook, InterfaceMap,
-    Marks, NewMaps, NewPod, NewPolicy, Options,
+    Marks, NewMaps, NewPod, NewPolicy, Options, boottime_ns,
 };
 use egress_common::{
     address::{Address, from_v4},
@@ -300,7 +300,9 @@ impl Programs {
     #[track_caller]
     pub fn takes_noted(&mut self) {
         let mut flows = self.flow_map_of(self.interface.pod());
-        flows.take_noted(&self.flow_map()).expect("the pod's flows");
+        flows
+            .take_noted(&self.flow_map(), boottime_ns())
+            .expect("the pod's flows");
     }
 
     /// Copies the flows that peers have opened towards the first pod to the other pod that the interface has become.
@@ -309,8 +311,16 @@ impl Programs {
     pub fn takes_inbound(&mut self) -> usize {
         let mut flows = self.flow_map_of(self.interface.pod());
         flows
-            .take_inbound(&self.flow_map())
+            .take_inbound(&self.flow_map(), boottime_ns())
             .expect("the pod's flows")
+    }
+
+    /// Removes what is too old at this time, in nanoseconds of `CLOCK_BOOTTIME`, as control does.
+    #[track_caller]
+    pub fn sweeps_at(&mut self, now_ns: u64) {
+        self.flow_map()
+            .sweep(now_ns, |_| ())
+            .expect("the pod's flows");
     }
 
     fn flow_map(&self) -> FlowMap {

@@ -21,6 +21,8 @@ use super::{
     policies::ignore_missing,
 };
 
+/// `BPF_ANY`: insert or replace.
+const ANY: u64 = 0;
 /// `BPF_NOEXIST`: insert, and replace nothing.
 const NOEXIST: u64 = 1;
 
@@ -47,6 +49,8 @@ pub struct FlowMap {
     limits: Limits,
     /// How long a UDP flow that the pod opened may be idle.
     udp_ns: u64,
+    /// The secret of [`FlowKey::accepted_group`].
+    secret: u32,
 }
 
 /// The capacities of the maps.
@@ -133,7 +137,7 @@ impl FlowMap {
         inbound: MapData,
         opening: MapData,
         called: MapData,
-        udp_ns: u64,
+        (udp_ns, secret): (u64, u32),
     ) -> Result<Self> {
         let limits = Limits {
             established: entries_of(&inbound)?,
@@ -147,6 +151,7 @@ impl FlowMap {
             called: Map::HashMap(called).try_into()?,
             limits,
             udp_ns,
+            secret,
         })
     }
 
@@ -233,9 +238,9 @@ impl FlowMap {
     ///
     /// # Errors
     ///
-    /// When there is no room for what [`Self::take_noted`] copies, or a map cannot be read or written.
-    pub fn take_inbound(&mut self, other: &Self) -> Result<usize> {
-        self.take_noted(other)?;
+    /// When a map cannot be read or written.
+    pub fn take_inbound(&mut self, other: &Self, now_ns: u64) -> Result<usize> {
+        self.take_noted(other, now_ns)?;
         let mut flows = other.entries()?;
         flows.retain(|(key, flow)| key.kind == FLOW_KEY_FLOW && flow.state == FLOW_IN);
         flows.sort_unstable_by_key(|(_, flow)| Reverse(flow.last_seen_ns));
@@ -245,21 +250,37 @@ impl FlowMap {
             room = room.saturating_sub(1);
         }
         let mut taken = 0;
-        for (key, flow) in flows.into_iter().take(room) {
+        for (key, flow) in flows {
+            if taken >= room {
+                break;
+            }
+            // The pod has connected to the peer, so the peer did not open the flow.
+            if key.protocol == protocol::TCP && self.has_called(&key)? {
+                continue;
+            }
             taken += usize::from(add(&mut self.inbound, &key, flow)?);
         }
         Ok(taken)
     }
 
+    fn has_called(&self, key: &FlowKey) -> Result<bool> {
+        match self.called.get(&key.called(), 0) {
+            Ok(_) => Ok(true),
+            Err(MapError::KeyNotFound) => Ok(false),
+            Err(error) => Err(error).context("cannot read the destinations of a pod"),
+        }
+    }
+
     /// Copies from another pod's maps what shows that a peer has not opened a connection: the addresses and ports to
-    /// which the pod has connected, and the connections that peers have accepted. If there are more destinations than
-    /// the map has room for, those that were seen last are copied, as [`Self::sweep`] would keep them: otherwise a pod
-    /// that connects to many would stay in quarantine.
+    /// which the pod has connected, and the groups of the peers that have accepted a connection. If there are more
+    /// destinations than the map has room for, those that were seen last are copied, as [`Self::sweep`] would keep them:
+    /// otherwise a pod that connects to many would stay in quarantine. The map has room for all groups, but not for the
+    /// record of each connection: these have a place in a queue, which only the programs write.
     ///
     /// # Errors
     ///
-    /// When there is no room for the connections that peers have accepted, or a map cannot be read or written.
-    pub fn take_noted(&mut self, other: &Self) -> Result<()> {
+    /// When a map cannot be read or written.
+    pub fn take_noted(&mut self, other: &Self, now_ns: u64) -> Result<()> {
         let called = other.called.iter().collect::<Result<Vec<_>, _>>();
         let mut called = called.context("cannot read the destinations of a pod")?;
         called.sort_unstable_by_key(|(_, flow)| Reverse(flow.last_seen_ns));
@@ -272,11 +293,22 @@ impl FlowMap {
                 Ok(()) | Err(_) => {}
             }
         }
+        let mut groups = HashSet::new();
         for item in flows_of(&other.opening) {
             let (key, flow) = item.context("cannot read a pod's flows")?;
-            if matches!(key.kind, FLOW_KEY_ACCEPTED | FLOW_KEY_ACCEPTED_GROUP) {
-                add(&mut self.opening, &key, flow)?;
-            }
+            let is_alive = is_alive(&key, &flow, now_ns, self.udp_ns);
+            match key.kind {
+                FLOW_KEY_ACCEPTED if is_alive => groups.insert(key.accepted_group(self.secret)),
+                FLOW_KEY_ACCEPTED_GROUP if is_alive => groups.insert(key),
+                _ => false,
+            };
+        }
+        for key in groups {
+            // A program may have written a later time than that of the copy.
+            let flow = Flow::new(UNJUDGED, FLOW_IN, now_ns);
+            self.opening
+                .insert(key, FlowValue { flow, key }, ANY)
+                .context("cannot write a pod's flows")?;
         }
         Ok(())
     }
@@ -346,11 +378,16 @@ impl FlowMap {
         known.retain(|(key, _)| !in_use.contains(key));
         known.sort_unstable_by_key(|(_, flow)| flow.last_seen_ns);
         known.truncate(surplus);
-        for (key, _) in &known {
-            ignore_missing(self.called.remove(key))
-                .context("cannot remove a destination of a pod")?;
+        let mut forgotten = 0;
+        for (key, flow) in &known {
+            // The pod may have connected to it again meanwhile.
+            if self.called.get(key, 0).is_ok_and(|now| now == *flow) {
+                ignore_missing(self.called.remove(key))
+                    .context("cannot remove a destination of a pod")?;
+                forgotten += 1;
+            }
         }
-        Ok(known.len())
+        Ok(forgotten)
     }
 }
 
@@ -379,7 +416,10 @@ fn is_errno(error: &MapError, errno: i32) -> bool {
     matches!(error, MapError::SyscallError(error) if error.io_error.raw_os_error() == Some(errno))
 }
 
-/// Removes entries that have been idle for too long, and passes the others to `alive`. Returns their number.
+/// Removes flows that have been idle for too long, and passes the others to `alive`. Returns their number.
+///
+/// The records of connections that peers have accepted stay until newer ones evict them. A program may renew one between
+/// the moment when it is read here and its removal, and a record that is too old does not count in any case.
 fn forget_idle(
     map: &mut Flows,
     now_ns: u64,
@@ -390,6 +430,9 @@ fn forget_idle(
     let mut count = 0;
     for item in flows_of(map) {
         let (key, flow) = item.context("cannot read a pod's flows")?;
+        if matches!(key.kind, FLOW_KEY_ACCEPTED | FLOW_KEY_ACCEPTED_GROUP) {
+            continue;
+        }
         if is_alive(&key, &flow, now_ns, udp_ns) {
             count += 1;
             alive(&key, &flow);

@@ -420,8 +420,8 @@ impl Datapath {
         // The agent may have been killed while it created them.
         match (flows?, inbound?, opening?, called?, from_pod?, to_pod?) {
             (Some(flows), Some(inbound), Some(opening), Some(called), Some(_), Some(_)) => {
-                let idle_ns = self.constants.udp_idle_ns;
-                FlowMap::new(flows, inbound, opening, called, idle_ns).map(Some)
+                let constants = (self.constants.udp_idle_ns, self.constants.stamp.0);
+                FlowMap::new(flows, inbound, opening, called, constants).map(Some)
             }
             _ => Ok(None),
         }

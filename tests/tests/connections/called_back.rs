@@ -11,10 +11,11 @@ use std::{
     time::Duration,
 };
 
-use egress_common::records::{INTERFACE_SETTLING, INTERFACE_SOURCES};
+use egress_common::records::{INTERFACE_SETTLING, INTERFACE_SOURCES, MODE_RELEASED};
 use egress_tests::{
-    DEADLINE, Lab, Pod, SHORT,
+    Cluster, DEADLINE, Lab, Pod, SHORT,
     addresses::{RESOLVER, server, server6},
+    cluster::allow,
     eventually,
     frames::{self, Tap},
     holds,
@@ -436,4 +437,41 @@ fn the_pod_answers_a_connection_that_the_server_opens_from_another_port() {
     let mut heard = [0; 5];
     std::io::Read::read_exact(&mut server, &mut heard).expect("the data arrives");
     assert_eq!(&heard, b"hello");
+}
+
+#[test]
+fn quarantine_remembers_the_connections_of_a_pod_that_is_gone() {
+    let cluster = Cluster::new();
+    let lab = &cluster.lab;
+    let peer = server(9);
+    let shop = cluster.namespace("shop", &serde_json::Value::Null);
+    let agent = cluster.start_agent();
+    let net = cluster.quarantined(&agent, &shop, "cart");
+    let (object, uid) = cluster.create(&shop, "cart", &allow(&format!("{peer}:{THERE}")));
+    let mut cart = cluster.pod_without_processes(object, &uid, net);
+    cart.running().start_container();
+    agent.wait_enforcing(cart.net());
+    cluster.set_addresses(&cart);
+    let mut connection = Connection::open(lab, cart.net(), peer);
+    // The pod's object goes, and its processes stay.
+    let interface = cart.net().interface().to_owned();
+    agent.quarantines_after(&interface, || cluster.server.delete(cart.object()));
+    lab.wait_own(&[cart.net().ipv4().into(), cart.net().ipv6().into()]);
+    assert!(!connection.is_stolen(lab));
+}
+
+#[test]
+fn a_pod_that_was_released_when_the_agent_was_killed_begins_anew() {
+    let lab = Lab::builder().build();
+    let peer = server(9);
+    let cart = lab.pod("shop", "cart");
+    lab.write_pod(&cart, &[("allow", "shop.test:443")]);
+    let mut agent = lab.start_agent(&[&cart]);
+    agent.kill();
+    lab.rewrite_shared("interfaces", |_, interface| {
+        interface[8..12].copy_from_slice(&MODE_RELEASED.to_ne_bytes());
+    });
+    let mut connection = Connection::open(&lab, &cart, peer);
+    let _agent = lab.start_agent(&[&cart]);
+    assert!(!connection.is_stolen(&lab));
 }

@@ -348,3 +348,71 @@ fn a_server_that_the_pod_calls_accepts_only_the_pods_own_connections() {
         programs.stays(&data, Reason::NoRule);
     }
 }
+
+#[test]
+fn what_a_pod_takes_over_from_its_quarantine_leaves_room_for_what_comes_later() {
+    let mut programs = Programs::new();
+    // As many connections as the queue has places.
+    let by = programs.by(server(7));
+    let records = |n: u32| by.tcp(1024 + n as u16, 8080, SYN_ACK);
+    programs.flood(Hook::ToPod, (0..3072).map(records), 1);
+    programs.drain();
+    programs.becomes_another_pods();
+    programs.takes_noted();
+    // The pod opens a connection, and somebody outside floods it in many names.
+    programs.allow(server(1), TO_PORT, NEVER_NS);
+    let (to, by) = (programs.to(server(1)), programs.by(server(1)));
+    programs.leaves(&to.tcp(7, PORT, flag::SYN));
+    flood(&mut programs);
+    for host in 20..40 {
+        let joined = Joined::with(&programs, server(host));
+        let accepted = programs.receives(&joined.accepts);
+        assert_eq!(accepted.run.action, Action::Drop);
+        let number = programs.by(server(host));
+        let number = number.tcp_segment(CALL, flag::ACK, (THERE + 1, OWN + 1), b"");
+        assert_eq!(programs.receives(&number).run.action, Action::Drop);
+        if host == 20 {
+            // The connection leaves a place behind.
+            for _ in 0..2 {
+                programs.arrives(&by.tcp(PORT, 7, SYN_ACK));
+                programs.leaves(&to.tcp(7, PORT, flag::ACK));
+            }
+        }
+        joined.stays_closed(&mut programs);
+    }
+}
+
+#[test]
+fn a_flood_while_a_pod_takes_over_from_its_quarantine_does_not_fail_it() {
+    let mut programs = Programs::new();
+    let (mut first, mut second) = (None, None);
+    programs.set_interface(|interface| first = Some(*interface));
+    let by = programs.by(server(7));
+    let records = |n: u32| by.tcp(1024 + n as u16, 8080, SYN_ACK);
+    programs.flood(Hook::ToPod, (0..3072).map(records), 1);
+    programs.drain();
+    programs.becomes_another_pods();
+    programs.set_interface(|interface| second = Some(*interface));
+    programs.takes_noted();
+    programs.set_interface(|interface| *interface = first.expect("it was read"));
+    flood(&mut programs);
+    programs.set_interface(|interface| *interface = second.expect("it was read"));
+    programs.takes_noted();
+}
+
+#[test]
+fn a_sweep_leaves_records_to_the_programs() {
+    let mut programs = Programs::new();
+    let joined = Joined::with(&programs, server(20));
+    joined.accepts(&mut programs);
+    programs.sweeps_at(NEVER_NS);
+    joined.stays_closed(&mut programs);
+}
+
+/// SYN-ACKs in more names than there is room for.
+fn flood(programs: &mut Programs) {
+    let own = programs.own();
+    let accepts = |n| Ip::new(numbered(n), own).tcp(5000, 8080, SYN_ACK);
+    programs.flood(Hook::ToPod, (0..FLOOD).map(accepts), 1);
+    programs.drain();
+}

@@ -42,7 +42,7 @@ impl Applier {
         self.datapath.pin_allow(policy, &pins)?;
         let left = self.left_under(pod, policy, &allow, wanted)?;
         let mut flows = self.flows_of(pod)?;
-        self.take_from_quarantine(wanted, &mut flows)?;
+        self.take_from_earlier(pod, wanted, &mut flows)?;
         let is_judged = |ifindex: &IfIndex| self.is_anothers(pod, *ifindex);
         let settles = before == Before::Settle && !wanted.interfaces.iter().any(is_judged);
         let entry = if settles {
@@ -73,7 +73,7 @@ impl Applier {
                 pending: self.datapath.pending_map(pod)?,
             })
             .await?;
-        self.note_from_quarantine(wanted, &mut flows)?;
+        self.note_from_earlier(pod, wanted, &mut flows)?;
         // The denial reader must know the pod before its first packet can be denied.
         let enforced = Enforced {
             wanted: Arc::clone(wanted),
@@ -228,7 +228,7 @@ impl Applier {
         let mut flows = self.flows_of(pod)?;
         let new = enforced.wanted.only_new(&interfaces, &wanted.networks);
         let on_new = enforced.wanted.on_new(&interfaces, &wanted.networks);
-        self.take_from_quarantine(&on_new, &mut flows)?;
+        self.take_from_earlier(pod, &on_new, &mut flows)?;
         // Nothing leaves by a new interface that has no entry, but earlier frames may still be on their way.
         for &ifindex in &interfaces {
             self.datapath.attach(ifindex)?;
@@ -246,7 +246,7 @@ impl Applier {
         }
         self.gate.forget(self.left_on(pod, &interfaces)).await?;
         self.gate.move_to(pod, interfaces.clone()).await?;
-        self.note_from_quarantine(&on_new, &mut flows)?;
+        self.note_from_earlier(pod, &on_new, &mut flows)?;
         let _ = self.require_stamps(&interfaces, mode);
         outcome.judged.extend(&interfaces);
         tracing::info!(pod = %subject, ?interfaces, "enforcing on other interfaces");

@@ -44,7 +44,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use egress_common::{
     ids::{IfIndex, PodId, PolicyId},
-    records::INTERFACE_SOURCES,
+    records::{INTERFACE_SOURCES, MODE_RELEASED},
 };
 
 use super::{
@@ -163,10 +163,12 @@ impl Applier {
     }
 
     /// The interfaces on which an earlier agent left a whole policy in force. Where it judged only sources when it
-    /// ended, the rest is unjudged.
+    /// ended, the rest is unjudged; where it had released the pod, everything is.
     pub(in crate::control) fn left_judged(&self) -> HashSet<IfIndex> {
         let left = self.left.values().flat_map(|left| &left.interfaces);
-        let judged = left.filter(|(_, entry)| entry.flags & INTERFACE_SOURCES == 0);
+        let judged = left.filter(|(_, entry)| {
+            entry.flags & INTERFACE_SOURCES == 0 && entry.mode != MODE_RELEASED
+        });
         judged.map(|&(ifindex, _)| ifindex).collect()
     }
 

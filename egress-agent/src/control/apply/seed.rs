@@ -8,13 +8,13 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use egress_common::ids::PolicyId;
+use egress_common::ids::{PodId, PolicyId};
 use tokio::task::JoinSet;
 
 use super::{Applier, Outcome, connections, enforce::log_enforcing};
 use crate::{
     control::{observe::machine::Machine, plan::wanted::Wanted},
-    datapath::FlowMap,
+    datapath::{FlowMap, boottime_ns},
     gate::Judged,
     host::{OpenSockets, SocketsOf},
     report::Subject,
@@ -163,19 +163,44 @@ impl Applier {
         }
     }
 
-    /// Keeps the flows that others have opened towards these interfaces while they were in quarantine.
-    pub(super) fn take_from_quarantine(&self, wanted: &Wanted, flows: &mut FlowMap) -> Result<()> {
+    /// Keeps the flows that others have opened towards these interfaces while they were in quarantine, and what earlier
+    /// pods of the interfaces have recorded.
+    pub(super) fn take_from_earlier(
+        &self,
+        pod: PodId,
+        wanted: &Wanted,
+        flows: &mut FlowMap,
+    ) -> Result<()> {
         for quarantined in self.quarantined_flows(wanted) {
-            flows.take_inbound(quarantined)?;
+            flows.take_inbound(quarantined, boottime_ns())?;
         }
-        Ok(())
+        self.note_from_gone(pod, wanted, flows)
     }
 
-    /// Copies what these interfaces' flows have recorded between [`Self::take_from_quarantine`] and the moment when
-    /// the interfaces left the quarantine.
-    pub(super) fn note_from_quarantine(&self, wanted: &Wanted, flows: &mut FlowMap) -> Result<()> {
+    /// Copies what these interfaces' flows have recorded between [`Self::take_from_earlier`] and the moment when the
+    /// interfaces became the pod's.
+    pub(super) fn note_from_earlier(
+        &self,
+        pod: PodId,
+        wanted: &Wanted,
+        flows: &mut FlowMap,
+    ) -> Result<()> {
         for quarantined in self.quarantined_flows(wanted) {
-            flows.take_noted(quarantined)?;
+            flows.take_noted(quarantined, boottime_ns())?;
+        }
+        self.note_from_gone(pod, wanted, flows)
+    }
+
+    /// Copies what pods that are gone, and still have one of these interfaces, have recorded: their processes may go on.
+    fn note_from_gone(&self, pod: PodId, wanted: &Wanted, flows: &mut FlowMap) -> Result<()> {
+        let gone = self.left.iter().filter(|(id, left)| {
+            let mut interfaces = left.interfaces.iter();
+            **id != pod && interfaces.any(|(ifindex, _)| wanted.interfaces.contains(ifindex))
+        });
+        for (&id, _) in gone {
+            if let Some(recorded) = self.datapath.flow_map(id)? {
+                flows.take_noted(&recorded, boottime_ns())?;
+            }
         }
         Ok(())
     }
