@@ -230,7 +230,13 @@ async fn reconcile_until_stopped(
     }
 }
 
-fn dns_settings(config: &Config) -> DnsSettings {
+fn dns_settings(config: &Config, claims: &settings::Claims) -> DnsSettings {
+    let resolvers = |is_claimed: bool| {
+        let all = config.dns.resolvers.iter();
+        all.filter(move |resolver| claims.contains_key(*resolver) == is_claimed)
+            .map(|resolver| (mapped(resolver.address), resolver.port))
+            .collect()
+    };
     let policy = config.policy_settings();
     DnsSettings {
         min_ttl: config.dns.min_ttl,
@@ -245,11 +251,7 @@ fn dns_settings(config: &Config) -> DnsSettings {
         autopath: config.dns.autopath,
         resolve_for: config.when_agent_down.resolve_for,
         delivers_undecided: config.when_agent_down.undecided == config::Undecided::Deliver,
-        resolvers: config
-            .dns
-            .resolvers
-            .iter()
-            .map(|resolver| (mapped(resolver.address), resolver.port))
-            .collect(),
+        resolvers: resolvers(false),
+        claimed: resolvers(true),
     }
 }

@@ -1,6 +1,6 @@
 //! Changing settings while the agent runs: the cluster's, and those of the configuration file.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Instant};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -18,19 +18,22 @@ impl Reconciler {
         let mut inherited = settings.inherited.clone();
         inherited.retain_unknown(&source.knowledge);
         let is_same = *facts == settings.facts && inherited == settings.inherited;
-        if is_same && Arc::ptr_eq(&settings.services, &source.services) {
+        if is_same
+            && Arc::ptr_eq(&settings.services, &source.services)
+            && !settings.has_ended_claims()
+        {
             return;
         }
         // Noted even if that fails, so that the same facts are not tried again.
         settings.facts.clone_from(facts);
         settings.inherited = inherited;
         settings.services = Arc::clone(&source.services);
-        let (next, claims) = settings.with(&settings.configured);
+        let next = settings.with(&settings.configured);
+        let claims = settings.claims_on(&next, Instant::now());
         if is_same && claims == settings.claims {
             return;
         }
-        settings.claims = claims;
-        match self.applier.put_in_force(settings, next).await {
+        match self.applier.put_in_force(settings, next, claims).await {
             Ok(()) => tracing::info!(
                 resolvers = %listed(&settings.config.dns.resolvers),
                 internal = settings.config.ranges.internal.len(),
@@ -72,11 +75,11 @@ impl Reconciler {
                 file.display()
             );
         }
-        let (next, claims) = settings.with(&configured);
+        let next = settings.with(&configured);
+        let claims = settings.claims_on(&next, Instant::now());
         let policies = next.policy_settings();
-        self.applier.put_in_force(settings, next).await?;
+        self.applier.put_in_force(settings, next, claims).await?;
         self.observer.policies.change(policies);
-        settings.claims = claims;
         settings.configured = configured;
         Ok(())
     }

@@ -1,6 +1,10 @@
 //! The settings of the operator and of the cluster, and both combined.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use super::{apply::ranges, inherited_ranges::Inherited, plan::wanted::RangesVersion};
 use crate::{
@@ -22,8 +26,10 @@ pub(super) struct Settings {
     pub(super) inherited: Inherited,
     /// The cluster's Services.
     pub(super) services: Arc<Services>,
-    /// Resolvers that do not count, because a Service claims their address.
+    /// Resolvers that are not trusted, because a Service claims their address or has done so lately.
     pub(super) claims: Claims,
+    /// When claims have ended that still count.
+    ended: BTreeMap<Resolver, Instant>,
     /// All combined, as the kernel and the gate have them.
     pub(super) config: Config,
     /// The ranges that are in force.
@@ -35,26 +41,55 @@ pub(super) struct Settings {
 /// Claimed resolvers.
 pub(super) type Claims = BTreeMap<Resolver, Claim>;
 
+/// How long a claim counts after its end. Nodes translate to a Service's endpoints for some seconds longer than the API
+/// server has it.
+const CLAIMED_FOR: Duration = Duration::from_secs(60);
+
 impl Settings {
     /// The settings that the agent starts with.
     pub(super) fn new(configured: Config, first: &Snapshot, inherited: Inherited) -> Self {
         let (facts, services) = (first.facts.clone(), Arc::clone(&first.services));
-        let (config, claims) = combine(&configured, &facts, &inherited, &services);
+        let config = ranges::with_facts(&configured, &facts, &inherited);
         Self {
             ranges: RangesVersion::first(&config),
             places: Arc::new(config.places()),
             configured,
             facts,
             inherited,
+            claims: services.claims(&config.dns.resolvers),
+            ended: BTreeMap::new(),
             services,
-            claims,
             config,
         }
     }
 
     /// The same with another configuration of the operator.
-    pub(super) fn with(&self, configured: &Config) -> (Config, Claims) {
-        combine(configured, &self.facts, &self.inherited, &self.services)
+    pub(super) fn with(&self, configured: &Config) -> Config {
+        ranges::with_facts(configured, &self.facts, &self.inherited)
+    }
+
+    /// The claims on the resolvers of a configuration, with those that have ended and still count.
+    pub(super) fn claims_on(&mut self, config: &Config, now: Instant) -> Claims {
+        let mut claims = self.services.claims(&config.dns.resolvers);
+        self.ended
+            .retain(|resolver, _| !claims.contains_key(resolver));
+        for (resolver, claim) in &self.claims {
+            if claims.contains_key(resolver) || !config.dns.resolvers.contains(resolver) {
+                continue;
+            }
+            let ended = *self.ended.entry(*resolver).or_insert(now);
+            if now.duration_since(ended) < CLAIMED_FOR {
+                claims.insert(*resolver, claim.clone());
+            } else {
+                self.ended.remove(resolver);
+            }
+        }
+        claims
+    }
+
+    /// Whether claims count that have ended.
+    pub(super) fn has_ended_claims(&self) -> bool {
+        !self.ended.is_empty()
     }
 
     /// The Services that claim resolvers.
@@ -63,15 +98,61 @@ impl Settings {
     }
 }
 
-fn combine(
-    configured: &Config,
-    facts: &Facts,
-    inherited: &Inherited,
-    services: &Services,
-) -> (Config, Claims) {
-    let mut config = ranges::with_facts(configured, facts, inherited);
-    let claims = services.claims(&config.dns.resolvers);
-    let resolvers = &mut config.dns.resolvers;
-    resolvers.retain(|resolver| !claims.contains_key(resolver));
-    (config, claims)
+#[cfg(test)]
+mod tests {
+    use egress_policy::services::{Service, ServicePort, Transport};
+
+    use super::*;
+
+    fn snapshot(services: Services) -> Snapshot {
+        Snapshot {
+            services: Arc::new(services),
+            ..Snapshot::default()
+        }
+    }
+
+    fn claiming() -> Services {
+        let service = Service {
+            name: Arc::new(ServiceName {
+                namespace: "team".into(),
+                name: "dns".into(),
+            }),
+            cluster: vec!["10.96.0.9".parse().expect("an address")],
+            external: vec!["10.0.0.53".parse().expect("an address")],
+            ports: vec![ServicePort {
+                transport: Transport::Udp,
+                port: 53,
+                node_port: None,
+                endpoints: vec!["203.0.113.9:53".parse().expect("an endpoint")],
+            }],
+        };
+        Services::new([Arc::new(service)], Vec::new())
+    }
+
+    #[test]
+    fn a_claim_counts_for_a_minute_after_its_end() {
+        let text = "dns: {resolvers: [10.0.0.53]}\nnode: n1\n";
+        let config = Config::from_yaml(text).expect("a configuration");
+        let first = snapshot(claiming());
+        let mut settings = Settings::new(config.clone(), &first, Inherited::default());
+        let resolver = config.dns.resolvers[0];
+        assert!(settings.claims.contains_key(&resolver));
+
+        let began = Instant::now();
+        let at = |seconds| began + Duration::from_secs(seconds);
+        settings.services = Arc::default();
+        assert!(settings.claims_on(&config, at(0)).contains_key(&resolver));
+        assert!(settings.has_ended_claims());
+        assert!(settings.claims_on(&config, at(59)).contains_key(&resolver));
+        // Another claim ends later.
+        settings.services = Arc::new(claiming());
+        settings.claims_on(&config, at(59));
+        assert!(!settings.has_ended_claims());
+        settings.services = Arc::default();
+        assert!(settings.claims_on(&config, at(60)).contains_key(&resolver));
+        assert!(settings.claims_on(&config, at(119)).contains_key(&resolver));
+        settings.claims = settings.claims_on(&config, at(120));
+        assert_eq!(settings.claims, Claims::new());
+        assert!(!settings.has_ended_claims());
+    }
 }

@@ -159,6 +159,12 @@ impl<'a> Judge<'a> {
     }
 
     fn accept(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> Answered {
+        if self.context.dns.is_from_claimed(packet) {
+            self.context
+                .reporter
+                .report(self.denied(packet, Reason::DnsElsewhere, None));
+            return Answered::Withheld;
+        }
         if let Some(id) = read_rejection(message) {
             let is_delivered = pending.reject(answered(id, packet), self.time_ns)
                 || (self.take_query(id, packet, pending)

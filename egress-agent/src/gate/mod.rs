@@ -97,8 +97,11 @@ pub struct DnsSettings {
     pub protected: Vec<Prefix>,
     /// Prefixes of translators: an address in one of them that leads to a protected address is protected, too.
     pub translators: Translators,
-    /// Addresses and ports of the resolvers.
+    /// Addresses and ports of the resolvers that are trusted.
     pub resolvers: HashSet<(Address, u16)>,
+    /// Those of the resolvers whose queries a node sends elsewhere: they are asked nothing, and their responses are not
+    /// delivered.
+    pub claimed: HashSet<(Address, u16)>,
     /// Whether resolvers walk search lists.
     pub autopath: Autopath,
     /// How long names that are decided resolve while no agent runs.
@@ -125,7 +128,12 @@ impl DnsSettings {
         self.resolvers.contains(&(packet.src, packet.src_port))
     }
 
-    /// Whether a packet goes to a resolver.
+    /// Whether a packet comes from a resolver whose queries a node sends elsewhere.
+    fn is_from_claimed(&self, packet: &Packet) -> bool {
+        self.claimed.contains(&(packet.src, packet.src_port))
+    }
+
+    /// Whether a packet goes to a resolver that is trusted.
     fn is_to_resolver(&self, packet: &Packet) -> bool {
         self.resolvers.contains(&(packet.dst, packet.dst_port))
     }

@@ -386,6 +386,9 @@ impl Runner {
                     .frame_sender
                     .set_shortest_life(dns.shortest_life());
                 self.shared.context.configure(dns);
+                for pod in self.pods.values_mut() {
+                    pod.forget_claimed(&mut self.shared);
+                }
                 let _ = done.send(self.notes.configure(&mut self.shared.context));
             }
             Command::Probe { probes, sent } => {

@@ -47,7 +47,8 @@ impl Services {
                     .iter()
                     .filter(|port| ports.contains(&port.port) && port.transport != Transport::Sctp);
                 for port in claiming {
-                    let mut endpoints = port.endpoints.iter();
+                    let of_family = |at: &&SocketAddr| at.is_ipv4() == address.is_ipv4();
+                    let mut endpoints = port.endpoints.iter().filter(of_family);
                     let Some(&endpoint) = endpoints.find(|endpoint| !is_resolver(endpoint)) else {
                         continue;
                     };
@@ -74,7 +75,7 @@ mod tests {
     const DNS: &str = "10.96.0.10";
 
     fn resolvers() -> Vec<Resolver> {
-        let all = [DNS, "10.1.0.2", "10.1.0.3:5353", "192.0.2.53"];
+        let all = [DNS, "10.1.0.2", "10.1.0.3:5353", "192.0.2.53", "fd96::a"];
         all.map(|text| text.parse().unwrap()).into()
     }
 
@@ -121,11 +122,12 @@ mod tests {
     }
 
     #[test]
-    fn another_port_or_address_claims_nothing() {
+    fn another_port_address_or_family_claims_nothing() {
         let endpoints = ["10.1.9.9:53"];
         for (address, transport, port) in [
             (DNS, Transport::Udp, 443),
             (DNS, Transport::Sctp, 53),
+            ("fd96::a", Transport::Udp, 53),
             ("10.1.0.3", Transport::Udp, 53),
             ("192.0.2.54", Transport::Udp, 53),
         ] {

@@ -2,6 +2,7 @@
 //! endpoint. A rule of nftables on the node stands for kube-proxy.
 
 use std::{
+    io::Read as _,
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
@@ -10,7 +11,7 @@ use egress_tests::{
     Agent, ApiServer, Cluster, ClusterPod, Lab, Pod, SHORT, TcpEcho, UdpEcho,
     addresses::{PODS, PODS6, RESOLVER, RESOLVER6, server as outside, server6 as outside6},
     cluster::{allow, rights},
-    dns::RecordType,
+    dns::{DnsStream, RecordType},
     eventually, exchange, holds,
     rewritten::nft,
 };
@@ -477,13 +478,26 @@ fn an_agent_that_starts_without_the_api_server_knows_which_services_lead_outside
 
 #[test]
 fn a_service_with_the_address_of_a_resolver_gets_no_dns() {
+    for (protocol, port) in [("UDP", 53), ("TCP", 5353)] {
+        claim_a_resolver(protocol, port);
+    }
+}
+
+/// A Service claims a resolver on this port. Its own port is only over this protocol.
+#[track_caller]
+fn claim_a_resolver(protocol: &str, port: u16) {
     let claimed = outside(77);
-    let internal = json!([PODS, PODS6, SERVICES, SERVICES6]);
+    let at = SocketAddr::from((claimed, port));
+    // A resolver that did not count would be an internal server without an entry.
+    let internal = json!([PODS, PODS6, SERVICES, SERVICES6, format!("{claimed}/32")]);
     let lab = Lab::builder()
         .config("ranges", json!({ "internal": internal }))
-        .config("dns.resolvers", json!([RESOLVER, RESOLVER6, claimed]));
+        .config(
+            "dns.resolvers",
+            json!([RESOLVER, RESOLVER6, at.to_string()]),
+        );
     let cluster = Cluster::on(conformance::server(), lab);
-    let dns = cluster.lab.serve_dns(&[claimed]);
+    let dns = cluster.lab.serve_dns_at(&[at]);
     for name in ["a.shop.test", "b.shop.test", "c.shop.test"] {
         dns.addresses(name, &[outside(10)]);
     }
@@ -492,24 +506,42 @@ fn a_service_with_the_address_of_a_resolver_gets_no_dns() {
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
     let ask = |name: &str| {
-        let at = SocketAddr::from((claimed, 53));
         let answer = cart.net().try_resolve_at(at, name, RecordType::A, SHORT);
         answer.is_some()
     };
     assert!(ask("a.shop.test"));
+    let mut stream = DnsStream {
+        tcp: cart.net().reach_tcp(at),
+    };
+    stream.ask(1, "a.shop.test");
+    stream.expect(1);
 
-    let ports = json!([{ "name": "udp", "port": 53, "protocol": "UDP" }]);
+    let ports = json!([{ "name": "dns", "port": port, "protocol": protocol }]);
     let spec = json!({ "ports": ports, "externalIPs": [claimed] });
     let (service, _, _) = create(&cluster.server, &shop, "dns", &spec);
-    endpoints(&cluster.server, &shop, "dns", &[outside(9)], 53);
-    let problem = || {
+    cluster.server.apply(&json!({
+        "apiVersion": "v1",
+        "kind": "Endpoints",
+        "metadata": { "namespace": shop, "name": "dns" },
+        "subsets": [{
+            "addresses": [{ "ip": outside(9) }],
+            "ports": [{ "name": "dns", "port": 53, "protocol": protocol }],
+        }],
+    }));
+    let about = format!(
+        "resolver {}",
+        if port == 53 {
+            claimed.to_string()
+        } else {
+            at.to_string()
+        }
+    );
+    let told = eventually("status tells of the Service", || {
         let (_, status) = cluster.lab.ask_json(&["status"]);
         let problems = status["problems"].as_array().expect("a list").clone();
-        let of_resolver = format!("resolver {claimed}");
         let mut problems = problems.into_iter();
-        problems.find(|problem| problem["about"] == of_resolver)
-    };
-    let told = eventually("status tells of the Service", problem);
+        problems.find(|problem| problem["about"] == about)
+    });
     let text = told["message"].as_str().expect("a text");
     assert!(
         text.contains(&format!("Service {shop}/dns has this address")),
@@ -517,12 +549,45 @@ fn a_service_with_the_address_of_a_resolver_gets_no_dns() {
     );
     assert!(text.contains(&format!("{}:53", outside(9))), "{text}");
     assert!(!ask("b.shop.test"));
+    assert!(!ask("evil.test"));
     agent.wait_denial("the query", |denial| {
-        denial.dst_ip == Some(claimed) && denial.dst_port == Some(53)
+        denial.reason == "dns_elsewhere"
+            && denial.dst_ip == Some(claimed)
+            && denial.dst_port == Some(port)
     });
-    assert_eq!(dns.queries_for("b.shop.test"), 0);
+    stream.ask(2, "b.shop.test");
+    assert!(
+        matches!(stream.tcp.read(&mut [0]), Ok(0) | Err(_)),
+        "an old connection goes on"
+    );
 
+    // The node may translate for some time longer.
     cluster.server.delete(&service);
-    eventually("the resolver counts again", || holds(problem().is_none()));
-    assert!(ask("c.shop.test"));
+    std::thread::sleep(SHORT * 4);
+    assert!(!ask("c.shop.test"));
+    for name in ["b.shop.test", "c.shop.test", "evil.test"] {
+        assert_eq!(dns.queries_for(name), 0, "{name}");
+    }
+}
+
+#[test]
+fn a_headless_service_claims_no_resolver() {
+    let resolver = outside(78);
+    let lab = lab().config("dns.resolvers", json!([RESOLVER, RESOLVER6, resolver]));
+    let cluster = Cluster::on(conformance::server(), lab);
+    let dns = cluster.lab.serve_dns(&[resolver]);
+    dns.addresses("a.shop.test", &[outside(10)]);
+    let shop = cluster.namespace("shop", &Value::Null);
+    let cart = cluster.run(&shop, "cart", &allow("*.shop.test:443"));
+    let ports = json!([{ "name": "udp", "port": 53, "protocol": "UDP" }]);
+    let spec = json!({ "ports": ports, "externalIPs": [resolver], "clusterIP": "None" });
+    create(&cluster.server, &shop, "dns", &spec);
+    endpoints(&cluster.server, &shop, "dns", &[outside(9)], 53);
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    agent.wait_ready();
+    let answer = cart
+        .net()
+        .resolve_at(resolver, "a.shop.test", RecordType::A);
+    assert_eq!(answer.addresses, [outside(10)]);
 }

@@ -9,7 +9,10 @@ use super::Applier;
 use crate::{
     config::Config,
     control::{
-        dns_settings, inherited_ranges::Inherited, plan::wanted::mapped, settings::Settings,
+        dns_settings,
+        inherited_ranges::Inherited,
+        plan::wanted::mapped,
+        settings::{Claims, Settings},
     },
     pods::Facts,
 };
@@ -25,10 +28,12 @@ impl Applier {
         &mut self,
         settings: &mut Settings,
         next: Config,
+        claims: Claims,
     ) -> Result<()> {
         // The kernel begins to hold what comes from a new resolver before the gate is told that the
         // ranges are complete, and what came from an old one may still be in the ring.
-        let (before, after) = (dns_settings(&settings.config), dns_settings(&next));
+        let before = dns_settings(&settings.config, &settings.claims);
+        let after = dns_settings(&next, &claims);
         self.gate
             .configure(before.clone().with_resolvers_of(&after))
             .await?;
@@ -38,6 +43,7 @@ impl Applier {
         written?;
         settings.places = Arc::new(next.places());
         settings.config = next;
+        settings.claims = claims;
         Ok(())
     }
 

@@ -218,9 +218,9 @@ impl Observer {
         }
         for (resolver, Claim { service, endpoint }) in &settings.claims {
             let what = format!(
-                "Service {service} has this address among its external ones and leads to {endpoint}, which is no \
-                 resolver. DNS to and from the address is not held, and nothing is learned from it. Remove the address \
-                 from the Service, or name the endpoint in dns.resolvers"
+                "Service {service} has this address among its external ones, or had it within the last minute, and \
+                 leads to {endpoint}, which is no resolver. Queries to it are dropped, and no response from it is \
+                 delivered. Remove the address from the Service, or name the endpoint in dns.resolvers"
             );
             problems.set(About::node(format!("resolver {resolver}")), what);
         }

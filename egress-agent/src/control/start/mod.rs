@@ -201,7 +201,7 @@ pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Op
         datapath.take_held()?,
         datapath.interfaces()?,
         datapath.marks(),
-        dns_settings(&settings.config),
+        dns_settings(&settings.config, &settings.claims),
         reporter.clone(),
         handover::take(configured),
         (datapath.take_notes()?, datapath.dns_times()?),

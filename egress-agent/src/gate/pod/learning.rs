@@ -161,7 +161,8 @@ impl Pod {
     /// Tells the programs that the pod may query a name, and what its addresses get. Returns whether they did not know
     /// it before: a query that they have held although they know its name is one for the agent.
     pub(super) fn decide_name(&mut self, name: &Name, shared: &Shared) -> bool {
-        if !self.enforcement.learns() {
+        // The programs do not know which resolvers are claimed.
+        if !self.enforcement.learns() || !shared.context.dns.claimed.is_empty() {
             return false;
         }
         let generation = shared.context.generation;

@@ -139,6 +139,12 @@ impl Pod {
         self.tallies.segments_damaged.add(damaged);
     }
 
+    /// Ends the connections with resolvers that are not trusted any more.
+    pub(in super::super) fn forget_claimed(&mut self, shared: &mut Shared) {
+        let claimed = &shared.context.dns.claimed;
+        self.streams.forget_with(claimed, &mut shared.streams);
+    }
+
     /// Ends the connections on interfaces that the pod no longer has: another pod may have them by now.
     pub(in super::super) fn keep_streams(&mut self, shared: &mut Shared) {
         let interfaces = &self.enforcement.interfaces;

@@ -31,7 +31,7 @@ mod sender;
 mod side;
 mod split;
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 
 use egress_common::{
     address::Address,
@@ -265,6 +265,18 @@ impl Streams {
         let elsewhere = |flow: &Flow| !interfaces.contains(&flow.interface());
         let flows = self.flows.iter().filter(|(_, flow)| elsewhere(flow));
         let keys: Vec<Key> = flows.map(|(&key, _)| key).collect();
+        for key in keys {
+            self.forget(&key, budget);
+        }
+    }
+
+    /// Forgets the connections with these resolvers. The next segment of each resets it.
+    pub(super) fn forget_with(&mut self, resolvers: &HashSet<(Address, u16)>, budget: &mut Budget) {
+        let flows = self.flows.iter();
+        let keys = flows.map(|(&key, _)| key);
+        let keys: Vec<Key> = keys
+            .filter(|key| resolvers.contains(&(key.resolver, key.resolver_port)))
+            .collect();
         for key in keys {
             self.forget(&key, budget);
         }

@@ -79,8 +79,8 @@ impl ServiceFacts {
             .flatten()
             .filter_map(PortFacts::read)
             .collect();
-        let has_node_port = ports.iter().any(|port| port.node_port.is_some());
-        if cluster.is_empty() && external.is_empty() && !has_node_port {
+        // Nodes skip headless Services, whatever other addresses these have.
+        if cluster.is_empty() {
             return None;
         }
         Some(Self {
