@@ -30,7 +30,8 @@ impl Reconciler {
         settings.services = Arc::clone(&source.services);
         let next = settings.with(&settings.configured);
         let claims = settings.claims_on(&next, Instant::now());
-        if is_same && claims == settings.claims {
+        let is_claimed_alike = claims == settings.claims;
+        if is_same && is_claimed_alike {
             return;
         }
         match self.applier.put_in_force(settings, next, claims).await {
@@ -39,10 +40,16 @@ impl Reconciler {
                 internal = settings.config.ranges.internal.len(),
                 "the cluster's addresses are known"
             ),
-            Err(error) => tracing::error!(
-                error = %format!("{error:#}"),
-                "cannot apply the cluster's addresses; the earlier ones stay"
-            ),
+            Err(error) => {
+                if !is_claimed_alike {
+                    // A resolver must not stay trusted: the next reconcile tries again.
+                    settings.services = Arc::default();
+                }
+                tracing::error!(
+                    error = %format!("{error:#}"),
+                    "cannot apply the cluster's addresses; the earlier ones stay"
+                );
+            }
         }
     }
 
