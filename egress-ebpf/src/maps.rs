@@ -109,6 +109,10 @@ pub static LEARNED_NOTES: RingBuf<LearnedNote, { LEARNED_RING_BYTES as usize }> 
 #[btf_map(name = "dns_times")]
 pub static DNS_TIMES: Array<DnsTimes, 1> = Array::new();
 
+/// The flow that a program evicts: the stack has no room for it.
+#[btf_map(name = "evicted")]
+pub static EVICTED: PerCpuArray<FlowValue, 1> = PerCpuArray::new();
+
 /// Where a program reads a DNS message.
 #[btf_map(name = "message")]
 pub static MESSAGE: PerCpuArray<Message, 1> = PerCpuArray::new();

@@ -16,9 +16,7 @@ use egress_common::{
     flow::{is_closed, is_established},
     ids::PodId,
     protocol,
-    records::{
-        FLOW_IN, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_OUT, Flow, FlowKey, FlowValue, UNJUDGED,
-    },
+    records::{FLOW_IN, FLOW_OUT, FLOW_SEEN_AGAIN, FLOW_SEEN_OUT, FlowKey, FlowValue},
 };
 
 use crate::{
@@ -27,7 +25,7 @@ use crate::{
     flows::{
         ANY, EXIST, IN_FLOWS, IN_INBOUND, IN_OPENING, count_full, is_alive, is_flow, map_of, read,
     },
-    maps::{Flows, METER, ORDER_FROM_POD, ORDER_TO_POD, Order},
+    maps::{EVICTED, Flows, METER, ORDER_FROM_POD, ORDER_TO_POD, Order},
     skb::now_ns,
 };
 
@@ -76,12 +74,13 @@ fn has_place(pod: PodId, order: &Order, opening: &Flows, key: &FlowKey) -> bool 
         if order.push(key, ANY).is_ok() {
             return true;
         }
-        let mut oldest = FlowValue {
-            flow: Flow::new(UNJUDGED, 0, 0),
-            key: FlowKey::EMPTY,
+        // SAFETY: the memory lives as long as the map. No program interrupts another on its CPU, except where the kernel is
+        // built for real time; then the wrong flow may be evicted.
+        let Some(oldest) = (unsafe { EVICTED.get_ptr_mut(0).and_then(|oldest| oldest.as_mut()) })
+        else {
+            return false;
         };
-        // SAFETY: the map is a queue of keys, and the buffer is one. (`Queue::pop` would copy the key twice, on a stack of
-        // 512 bytes for all functions together.)
+        // SAFETY: the map is a queue of keys, and the buffer is one.
         let popped = unsafe {
             let queue = ptr::from_ref(order).cast_mut().cast();
             bpf_map_pop_elem(queue, (&raw mut oldest.key).cast())
@@ -90,7 +89,6 @@ fn has_place(pod: PodId, order: &Order, opening: &Flows, key: &FlowKey) -> bool 
             attempt += 1;
             continue;
         }
-        let oldest = &mut oldest;
         if accepted::is_record(&oldest.key) {
             accepted::evict(pod, opening, &mut oldest.key, false);
         } else {

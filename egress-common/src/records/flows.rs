@@ -39,17 +39,6 @@ pub const FLOW_KEY_ACCEPTED: u8 = 3;
 pub const FLOW_KEY_ACCEPTED_GROUP: u8 = 4;
 
 impl FlowKey {
-    /// A key of no flow.
-    pub const EMPTY: Self = Self {
-        pod_addr: [0; 16],
-        peer_addr: [0; 16],
-        pod_port: 0,
-        peer_port: 0,
-        protocol: 0,
-        kind: FLOW_KEY_FLOW,
-        pad: 0,
-    };
-
     /// The key with only the flow's peer: the pod's address and port are zero.
     #[must_use]
     #[inline(always)]
