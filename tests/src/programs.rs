@@ -315,7 +315,7 @@ impl Programs {
             .expect("the pod's flows")
     }
 
-    /// Removes what is too old at this time, in nanoseconds of `CLOCK_BOOTTIME`, as control does.
+    /// Removes the flows that are too old at this time, as control does. The time is in nanoseconds of `CLOCK_BOOTTIME`.
     #[track_caller]
     pub fn sweeps_at(&mut self, now_ns: u64) {
         self.flow_map()

@@ -152,7 +152,7 @@ fn a_new_pod_with_an_unreadable_annotation_is_closed() {
     });
     assert!(
         printed.contains("99999"),
-        "it does not say what was found: {printed}"
+        "the line does not name the value: {printed}"
     );
     let denial = agent.denies_tcp(&broken, (server(10), 443), "policy_unreadable");
     let policy = &denial.line["policy"];
