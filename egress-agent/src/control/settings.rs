@@ -71,8 +71,9 @@ impl Settings {
     /// The claims on the resolvers of a configuration, with those that have ended and still count.
     pub(super) fn claims_on(&mut self, config: &Config, now: Instant) -> Claims {
         let mut claims = self.services.claims(&config.dns.resolvers);
-        self.ended
-            .retain(|resolver, _| !claims.contains_key(resolver));
+        self.ended.retain(|resolver, _| {
+            !claims.contains_key(resolver) && config.dns.resolvers.contains(resolver)
+        });
         for (resolver, claim) in &self.claims {
             if claims.contains_key(resolver) || !config.dns.resolvers.contains(resolver) {
                 continue;
