@@ -45,6 +45,7 @@ impl Reconciler {
         let neighbours = applier.protect_neighbours(machine, &observed);
         let outcome = Box::pin(applier.apply(&plan, machine)).await;
         let leftovers = applier.clean_up(&plan, settings, observed.in_cluster).await;
+        let translations = applier.end_translations(settings).await;
         observer.unjudged.judge(&outcome.judged);
         observer.unjudged.leave(&outcome.unjudged);
         if !source.unreadable {
@@ -54,7 +55,7 @@ impl Reconciler {
 
         // Publish.
         let problems = Publisher::problems(&observed, &plan, &outcome, applier, observer);
-        let problems = problems.and(neighbours).and(leftovers);
+        let problems = problems.and(neighbours).and(leftovers).and(translations);
         publisher.publish(&observed, problems, applier, observer, settings);
         publisher.reconciled(began.elapsed());
     }

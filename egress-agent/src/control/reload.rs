@@ -19,18 +19,23 @@ impl Reconciler {
         inherited.retain_unknown(&source.knowledge);
         let is_same = *facts == settings.facts && inherited == settings.inherited;
         if is_same
-            && Arc::ptr_eq(&settings.services, &source.services)
+            && Arc::ptr_eq(settings.losses.present(), &source.services)
             && !settings.has_ended_claims()
+            && !settings.are_claims_late
         {
             return;
         }
         // Noted even if that fails, so that the same facts are not tried again.
         settings.facts.clone_from(facts);
         settings.inherited = inherited;
-        settings.services = Arc::clone(&source.services);
+        let now = Instant::now();
+        settings
+            .losses
+            .take(&source.services, &settings.places, now);
         let next = settings.with(&settings.configured);
-        let claims = settings.claims_on(&next, Instant::now());
+        let claims = settings.claims_on(&next, now);
         let is_claimed_alike = claims == settings.claims;
+        settings.are_claims_late = false;
         if is_same && is_claimed_alike {
             return;
         }
@@ -41,10 +46,8 @@ impl Reconciler {
                 "the cluster's addresses are known"
             ),
             Err(error) => {
-                if !is_claimed_alike {
-                    // A resolver must not stay trusted: the next reconcile tries again.
-                    settings.services = Arc::default();
-                }
+                // A resolver must not stay trusted: the next reconcile tries again.
+                settings.are_claims_late = !is_claimed_alike;
                 tracing::error!(
                     error = %format!("{error:#}"),
                     "cannot apply the cluster's addresses; the earlier ones stay"

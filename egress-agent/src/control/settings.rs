@@ -13,7 +13,7 @@ use crate::{
 };
 use egress_policy::{
     Resolver,
-    services::{Claim, Places, ServiceName, Services},
+    services::{Claim, Losses, Places, ServiceName},
 };
 
 /// The settings that are in force.
@@ -24,12 +24,14 @@ pub(super) struct Settings {
     pub(super) facts: Facts,
     /// Entries that an earlier agent left in force, until the cluster has reported everything.
     pub(super) inherited: Inherited,
-    /// The cluster's Services.
-    pub(super) services: Arc<Services>,
+    /// The cluster's Services, and what these have lost lately.
+    pub(super) losses: Losses,
     /// Resolvers that are not trusted, because a Service claims their address or has done so lately.
     pub(super) claims: Claims,
-    /// When claims have ended that still count.
-    ended: BTreeMap<Resolver, Instant>,
+    /// Claims that have ended and still count.
+    ended: BTreeMap<Resolver, Ended>,
+    /// Whether the claims in force are not the present ones, because these could not be put in force.
+    pub(super) are_claims_late: bool,
     /// All combined, as the kernel and the gate have them.
     pub(super) config: Config,
     /// The ranges that are in force.
@@ -38,11 +40,25 @@ pub(super) struct Settings {
     pub(super) places: Arc<Places>,
 }
 
+/// The end of a claim.
+struct Ended {
+    since: Instant,
+    /// Whether the node translates nothing any more because of it.
+    is_over: bool,
+}
+
+/// Services that have lost something a minute ago, and resolvers whose claims have ended then.
+#[derive(Debug, Default)]
+pub(super) struct Over {
+    pub(super) services: Vec<Arc<ServiceName>>,
+    pub(super) resolvers: Vec<Resolver>,
+}
+
 /// Claimed resolvers.
 pub(super) type Claims = BTreeMap<Resolver, Claim>;
 
-/// How long a claim counts after its end. Nodes translate to a Service's endpoints for some seconds longer than the API
-/// server has it.
+/// How long a claim counts after its end at least. Nodes translate to a Service's endpoints for some seconds longer than
+/// the API server has it.
 const CLAIMED_FOR: Duration = Duration::from_secs(60);
 
 impl Settings {
@@ -58,7 +74,8 @@ impl Settings {
             inherited,
             claims: services.claims(&config.dns.resolvers),
             ended: BTreeMap::new(),
-            services,
+            are_claims_late: false,
+            losses: Losses::new(services),
             config,
         }
     }
@@ -70,7 +87,7 @@ impl Settings {
 
     /// The claims on the resolvers of a configuration, with those that have ended and still count.
     pub(super) fn claims_on(&mut self, config: &Config, now: Instant) -> Claims {
-        let mut claims = self.services.claims(&config.dns.resolvers);
+        let mut claims = self.losses.present().claims(&config.dns.resolvers);
         self.ended.retain(|resolver, _| {
             !claims.contains_key(resolver) && config.dns.resolvers.contains(resolver)
         });
@@ -78,14 +95,39 @@ impl Settings {
             if claims.contains_key(resolver) || !config.dns.resolvers.contains(resolver) {
                 continue;
             }
-            let ended = *self.ended.entry(*resolver).or_insert(now);
-            if now.duration_since(ended) < CLAIMED_FOR {
-                claims.insert(*resolver, claim.clone());
-            } else {
+            let ended = self.ended.entry(*resolver).or_insert(Ended {
+                since: now,
+                is_over: false,
+            });
+            if ended.is_over {
                 self.ended.remove(resolver);
+            } else {
+                claims.insert(*resolver, claim.clone());
             }
         }
         claims
+    }
+
+    /// What has ended so long ago that it need not count any more, once the node has forgotten its translations.
+    pub(super) fn over(&self, now: Instant) -> Over {
+        let is_over = |(_, ended): &(&Resolver, &Ended)| {
+            !ended.is_over && now.duration_since(ended.since) >= CLAIMED_FOR
+        };
+        let resolvers = self.ended.iter().filter(is_over);
+        Over {
+            services: self.losses.due(now),
+            resolvers: resolvers.map(|(resolver, _)| *resolver).collect(),
+        }
+    }
+
+    /// Lets these count no more.
+    pub(super) fn forget(&mut self, over: &Over, now: Instant) {
+        self.losses.forget(&over.services, now);
+        for resolver in &over.resolvers {
+            if let Some(ended) = self.ended.get_mut(resolver) {
+                ended.is_over = true;
+            }
+        }
     }
 
     /// Whether claims count that have ended.
@@ -101,7 +143,7 @@ impl Settings {
 
 #[cfg(test)]
 mod tests {
-    use egress_policy::services::{Service, ServicePort, Transport};
+    use egress_policy::services::{Service, ServicePort, Services, Transport};
 
     use super::*;
 
@@ -141,17 +183,27 @@ mod tests {
 
         let began = Instant::now();
         let at = |seconds| began + Duration::from_secs(seconds);
-        settings.services = Arc::default();
+        let none: Arc<Services> = Arc::default();
+        let take = |settings: &mut Settings, services: &Arc<Services>| {
+            let places = Arc::clone(&settings.places);
+            settings.losses.take(services, &places, began);
+        };
+        take(&mut settings, &none);
         assert!(settings.claims_on(&config, at(0)).contains_key(&resolver));
         assert!(settings.has_ended_claims());
-        assert!(settings.claims_on(&config, at(59)).contains_key(&resolver));
+        assert_eq!(settings.over(at(59)).resolvers, []);
         // Another claim ends later.
-        settings.services = Arc::new(claiming());
+        take(&mut settings, &Arc::new(claiming()));
         settings.claims_on(&config, at(59));
         assert!(!settings.has_ended_claims());
-        settings.services = Arc::default();
+        take(&mut settings, &none);
         assert!(settings.claims_on(&config, at(60)).contains_key(&resolver));
-        assert!(settings.claims_on(&config, at(119)).contains_key(&resolver));
+        assert_eq!(settings.over(at(119)).resolvers, []);
+        let over = settings.over(at(120));
+        assert_eq!(over.resolvers, [resolver]);
+        // It counts until the node has forgotten what it translates.
+        assert!(settings.claims_on(&config, at(120)).contains_key(&resolver));
+        settings.forget(&over, at(120));
         settings.claims = settings.claims_on(&config, at(120));
         assert_eq!(settings.claims, Claims::new());
         assert!(!settings.has_ended_claims());

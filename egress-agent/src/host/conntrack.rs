@@ -1,4 +1,5 @@
-//! The records of the node's connection tracking about a pod's connections.
+//! The records of the node's connection tracking about pods' connections: evidence of who opened them, and where the node
+//! translates them.
 //!
 //! It is evidence from outside the pod. The first packet of a connection that the node sees creates the entry,
 //! and its sender defines the entry's original direction. A program in the pod can change that only with
@@ -12,17 +13,22 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr},
+    path::Path,
 };
 
-use rtnetlink::sys::protocols::NETLINK_NETFILTER;
+use rtnetlink::{
+    packet_core::{NLM_F_ACK, NLM_F_DUMP},
+    sys::protocols::NETLINK_NETFILTER,
+};
 
 use super::{
     netlink::ip,
     transport::{Transport, attributes, four, malformed},
 };
 
-/// `NFNL_SUBSYS_CTNETLINK` and `IPCTNL_MSG_CT_GET`, `include/uapi/linux/netfilter`.
+/// `NFNL_SUBSYS_CTNETLINK` with `IPCTNL_MSG_CT_GET` and `IPCTNL_MSG_CT_DELETE`, `include/uapi/linux/netfilter`.
 const GET: u16 = 1 << 8 | 1;
+const DELETE: u16 = 1 << 8 | 2;
 /// Length of `struct nfgenmsg`.
 const HEADER: usize = 4;
 /// Address families, `include/linux/socket.h`, and the protocol's number.
@@ -35,6 +41,8 @@ const TUPLE_ORIGINAL: u16 = 1;
 const TUPLE_REPLY: u16 = 2;
 const STATUS: u16 = 3;
 const PROTOINFO: u16 = 4;
+const ID: u16 = 12;
+const ZONE: u16 = 18;
 const TUPLE_IP: u16 = 1;
 const TUPLE_PROTO: u16 = 2;
 const IP_V4_SRC: u16 = 1;
@@ -56,6 +64,11 @@ const SEEN_REPLY: u32 = 1 << 1;
 const CONFIRMED: u32 = 1 << 3;
 /// `IP_CT_TCP_FLAG_BE_LIBERAL`, `include/uapi/linux/netfilter/nf_conntrack_tcp.h`.
 const BE_LIBERAL: u8 = 8;
+
+/// How often the list is read again when it changed meanwhile, so that something may be missing.
+const ATTEMPTS: usize = 4;
+/// Exists in a network namespace whose connections the kernel tracks, or could track.
+const LIMIT: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
 
 /// Source and destination of a connection's packets in one direction.
 type Tuple = (SocketAddr, SocketAddr);
@@ -102,6 +115,105 @@ impl Conntrack {
     }
 }
 
+/// A connection whose addresses the node translates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translated {
+    /// The protocol's number.
+    pub protocol: u8,
+    /// The source of the packets from the side that opened the connection.
+    pub from: IpAddr,
+    /// Their destination before the translation.
+    pub to: SocketAddr,
+}
+
+/// Makes the node forget the translated connections that are `chosen`: their next packets are translated as new ones are.
+/// Returns how many there were. Works on the network namespace of the thread, and takes as long as the kernel needs to list
+/// all connections.
+///
+/// # Errors
+///
+/// When the kernel does not answer: it has no `CONFIG_NF_CT_NETLINK`, or `CAP_NET_ADMIN` is missing.
+pub fn forget_translated(chosen: impl Fn(&Translated) -> bool) -> io::Result<usize> {
+    let done = Transport::open(NETLINK_NETFILTER).and_then(|mut kernel| {
+        let mut requests = Vec::new();
+        for _ in 0..ATTEMPTS {
+            requests.clear();
+            let is_whole = kernel.exchange(GET, NLM_F_DUMP, &[0; HEADER], |body| {
+                if read_translated(body)?.is_some_and(|translated| chosen(&translated)) {
+                    requests.push(deletion(body)?);
+                }
+                Ok(())
+            })?;
+            if is_whole {
+                break;
+            }
+        }
+        for request in &requests {
+            match kernel.exchange(DELETE, NLM_F_ACK, request, |_| Ok(())) {
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+                done => drop(done?),
+            }
+        }
+        Ok(requests.len())
+    });
+    match done {
+        // Without connection tracking the node translates nothing in this way.
+        Err(_) if !Path::new(LIMIT).exists() => Ok(0),
+        done => done,
+    }
+}
+
+/// The connection of this entry, if the node translates its destination.
+fn read_translated(body: &[u8]) -> io::Result<Option<Translated>> {
+    let (mut original, mut reply, mut protocol) = (None, None, 0);
+    for (kind, value) in attributes(body, HEADER)? {
+        match kind {
+            TUPLE_ORIGINAL => {
+                original = Some(read_tuple(value)?);
+                protocol = read_protocol(value)?;
+            }
+            TUPLE_REPLY => reply = Some(read_tuple(value)?),
+            _ => {}
+        }
+    }
+    let (Some((from, to)), Some((endpoint, _))) = (original, reply) else {
+        return Ok(None);
+    };
+    Ok((endpoint != to).then_some(Translated {
+        protocol,
+        from: from.ip(),
+        to,
+    }))
+}
+
+/// The request to delete the connection of this entry.
+fn deletion(entry: &[u8]) -> io::Result<Vec<u8>> {
+    // The family is that of the entry.
+    let mut request = entry.get(..HEADER).unwrap_or_default().to_vec();
+    for (kind, value) in attributes(entry, HEADER)? {
+        match kind {
+            TUPLE_ORIGINAL => attribute(&mut request, kind | NESTED, value),
+            // Another connection may have the same addresses and ports meanwhile, or in another zone.
+            ID | ZONE => attribute(&mut request, kind, value),
+            _ => {}
+        }
+    }
+    Ok(request)
+}
+
+fn read_protocol(tuple: &[u8]) -> io::Result<u8> {
+    for (kind, value) in attributes(tuple, 0)? {
+        if kind == TUPLE_PROTO {
+            for (kind, value) in attributes(value, 0)? {
+                if let (PROTO_NUMBER, [number]) = (kind, value) {
+                    return Ok(*number);
+                }
+            }
+        }
+    }
+    Ok(0)
+}
+
 impl Entry {
     fn read(body: &[u8]) -> io::Result<Self> {
         let mut entry = Self::default();
@@ -126,6 +238,12 @@ impl Entry {
 
 fn request(src: SocketAddr, dst: SocketAddr) -> Vec<u8> {
     let family = if src.is_ipv4() { IPV4 } else { IPV6 };
+    let mut request = vec![family, 0, 0, 0];
+    attribute(&mut request, TUPLE_ORIGINAL | NESTED, &tuple(src, dst));
+    request
+}
+
+fn tuple(src: SocketAddr, dst: SocketAddr) -> Vec<u8> {
     let mut addresses = Vec::new();
     match (src.ip(), dst.ip()) {
         (IpAddr::V4(src), IpAddr::V4(dst)) => {
@@ -149,9 +267,7 @@ fn request(src: SocketAddr, dst: SocketAddr) -> Vec<u8> {
     let mut tuple = Vec::new();
     attribute(&mut tuple, TUPLE_IP | NESTED, &addresses);
     attribute(&mut tuple, TUPLE_PROTO | NESTED, &transport);
-    let mut request = vec![family, 0, 0, 0];
-    attribute(&mut request, TUPLE_ORIGINAL | NESTED, &tuple);
-    request
+    tuple
 }
 
 fn attribute(into: &mut Vec<u8>, kind: u16, value: &[u8]) {
@@ -272,6 +388,49 @@ mod tests {
             assert_eq!(found.len(), 1);
             assert_eq!(found[0].0, TUPLE_ORIGINAL);
             assert_eq!(read_tuple(found[0].1).unwrap(), tuple);
+        }
+    }
+
+    /// An entry as the kernel lists it.
+    fn listed(original: Tuple, reply: Tuple) -> Vec<u8> {
+        let mut entry = request(original.0, original.1);
+        attribute(&mut entry, TUPLE_REPLY | NESTED, &tuple(reply.0, reply.1));
+        attribute(&mut entry, STATUS, &CONFIRMED.to_be_bytes());
+        attribute(&mut entry, ID, &[1, 2, 3, 4]);
+        attribute(&mut entry, ZONE, &[0, 7]);
+        entry
+    }
+
+    #[test]
+    fn a_connection_is_translated_if_another_address_or_port_replies() {
+        let [pod, service, endpoint]: [SocketAddr; 3] =
+            ["10.1.1.2:40000", "10.96.0.7:80", "203.0.113.9:80"].map(|text| text.parse().unwrap());
+        let read = |replies| read_translated(&listed((pod, service), (replies, pod))).unwrap();
+        assert_eq!(read(service), None);
+        let translated = Translated {
+            protocol: TCP,
+            from: pod.ip(),
+            to: service,
+        };
+        assert_eq!(read(endpoint), Some(translated));
+        let other_port = SocketAddr::new(service.ip(), 8080);
+        assert_eq!(read(other_port), Some(translated));
+    }
+
+    #[test]
+    fn an_entry_is_deleted_by_its_tuple_zone_and_id() {
+        for (pod, service, endpoint) in [
+            ("10.1.1.2:40000", "10.96.0.7:80", "203.0.113.9:80"),
+            ("[fd01:1::2]:40000", "[fd96::7]:80", "[2001:db8::9]:80"),
+        ] {
+            let [pod, service, endpoint]: [SocketAddr; 3] =
+                [pod, service, endpoint].map(|text| text.parse().unwrap());
+            let deletion = deletion(&listed((pod, service), (endpoint, pod))).unwrap();
+            let found = attributes(&deletion, HEADER).unwrap();
+            let kinds: Vec<u16> = found.iter().map(|(kind, _)| *kind).collect();
+            assert_eq!(kinds, [TUPLE_ORIGINAL, ID, ZONE]);
+            assert_eq!(read_tuple(found[0].1).unwrap(), (pod, service));
+            assert_eq!(deletion[0], if pod.is_ipv4() { IPV4 } else { IPV6 });
         }
     }
 }

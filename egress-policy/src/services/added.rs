@@ -13,7 +13,10 @@ use egress_common::{
     records::{Policy, PortClass},
 };
 
-use super::{ServiceName, Transport};
+use super::{
+    ServiceName, Transport,
+    coarse::{close, greedy},
+};
 use crate::{
     PolicyError, Settings,
     classes::{Action, Classes, with_actions},
@@ -27,6 +30,9 @@ use crate::{
     tiers::{Effect, Run, Tiers},
 };
 
+/// How many namespaces a text names.
+const NAMED: usize = 4;
+
 /// Every packet.
 pub(crate) const EVERYTHING: PortClass = PortClass {
     port_min: 0,
@@ -34,9 +40,6 @@ pub(crate) const EVERYTHING: PortClass = PortClass {
     protocols: bits::ALL,
     ..PortClass::NONE
 };
-
-/// Most different ports of node ports and external addresses, before all between the lowest and the highest are denied.
-const COARSE_PORTS: usize = 16;
 
 /// The place of an added rule among those of the policy. A class is a number in the policy without added rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -49,16 +52,27 @@ pub(crate) enum Place {
     Last,
 }
 
+/// Kinds of addresses of a Service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Of {
+    /// A cluster IP.
+    ClusterIp,
+    /// An address that the author of the Service may choose.
+    External,
+    /// The addresses of nodes.
+    NodePort,
+}
+
 /// A rule that is added for the endpoints of a Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Added {
-    /// The addresses of the Service, or those with its node ports; anywhere, if they are too many.
-    pub(crate) to: Option<Vec<Prefix>>,
+    /// The addresses of the Service, or those with its node ports.
+    pub(crate) to: Vec<Prefix>,
     pub(crate) class: PortClass,
     pub(crate) place: Place,
     pub(crate) is_denial: bool,
-    /// Whether the addresses are those that the API server gives Services alone.
-    pub(crate) is_of_cluster_ip: bool,
+    /// Which addresses they are.
+    pub(crate) of: Of,
     /// The entry that decides about the endpoint.
     pub(crate) source: EntrySource,
     /// The Service and the endpoint for which it stands.
@@ -85,15 +99,8 @@ impl About {
 
 impl Added {
     fn rules(&self, under_any: bool) -> impl Iterator<Item = Rule> {
-        let destinations = match &self.to {
-            Some(prefixes) => prefixes
-                .iter()
-                .copied()
-                .map(Destination::Addresses)
-                .collect(),
-            None => vec![Destination::Any],
-        };
-        destinations.into_iter().map(move |destination| Rule {
+        let destinations = self.to.iter().copied().map(Destination::Addresses);
+        destinations.map(move |destination| Rule {
             destination,
             class: self.class,
             under_any,
@@ -103,6 +110,10 @@ impl Added {
         })
     }
 
+    pub(super) fn namespace(&self) -> &str {
+        &self.about.service.namespace
+    }
+
     fn concerns(&self, address: &Address, (protocol, port): (u8, u16)) -> bool {
         let PortClass {
             port_min,
@@ -110,38 +121,9 @@ impl Added {
             protocols,
             ..
         } = self.class;
-        let is_there = match &self.to {
-            Some(prefixes) => prefixes.iter().any(|prefix| prefix.contains(address)),
-            None => true,
-        };
+        let is_there = self.to.iter().any(|prefix| prefix.contains(address));
         is_there && protocols & protocol != 0 && (port_min..=port_max).contains(&port)
     }
-}
-
-/// The denials in a form that takes few classes and prefixes, before all rules: they deny more.
-fn coarse(added: &[Added]) -> Vec<Added> {
-    let denials = added.iter().filter(|one| one.is_denial);
-    let of_ports = denials.clone().filter(|one| !one.is_of_cluster_ip);
-    let ports: BTreeSet<PortClass> = of_ports.map(|one| one.class).collect();
-    let all_ports = ports.iter().copied().reduce(|all, one| PortClass {
-        port_min: all.port_min.min(one.port_min),
-        port_max: all.port_max.max(one.port_max),
-        protocols: all.protocols | one.protocols,
-        ..PortClass::NONE
-    });
-    let all_ports = all_ports.filter(|_| ports.len() > COARSE_PORTS);
-    denials
-        .map(|one| Added {
-            to: one.to.clone().filter(|to| to.len() <= 1),
-            class: if one.is_of_cluster_ip {
-                EVERYTHING
-            } else {
-                all_ports.unwrap_or(one.class)
-            },
-            place: Place::Before(0),
-            ..one.clone()
-        })
-        .collect()
 }
 
 /// Puts the rules at their places. `classes` are those of the policy without them.
@@ -210,9 +192,18 @@ impl Inserted {
     }
 }
 
+fn listed(namespaces: &BTreeSet<&str>) -> String {
+    let named: Vec<&str> = namespaces.iter().copied().take(NAMED).collect();
+    let named = named.join(", ");
+    match namespaces.len().saturating_sub(NAMED) {
+        0 => format!("namespace {named}"),
+        others => format!("namespaces {named} and {others} others"),
+    }
+}
+
 impl Compiled {
-    /// The policy with these rules. If that exceeds a limit, the Services are closed as a whole, and the text says why.
-    /// If that does too, everything is denied.
+    /// The policy with these rules. If that exceeds a limit, the Services of the namespaces that need most are closed as a
+    /// whole; then those of all namespaces; and at last everything is denied. The text says so.
     pub fn with_services(&self, settings: &Settings, added: &[Added]) -> (Self, Option<String>) {
         if added.is_empty() {
             return (self.clone(), None);
@@ -221,20 +212,35 @@ impl Compiled {
             Ok(compiled) => return (compiled, None),
             Err(error) => error,
         };
-        if let Ok(compiled) = self.with(settings, &coarse(added)) {
-            let what = "the policy with its rules for Services";
-            let text = format!(
-                "{what}: {error}; Services with an endpoint that is denied are closed, and those that are to be \
-                 open because of their endpoints are not"
-            );
-            return (compiled, Some(text));
+        let what = "the policy with its rules for Services";
+        let greedy = greedy(added);
+        let all = added.iter().map(Added::namespace).collect();
+        for (namespaces, are_all) in [(greedy, false), (all, true)] {
+            if namespaces.is_empty() {
+                continue;
+            }
+            if let Ok(compiled) = self.with(settings, &close(added, &namespaces)) {
+                let of = if are_all {
+                    "Services".to_owned()
+                } else {
+                    format!("Services of {}", listed(&namespaces))
+                };
+                let text = format!(
+                    "{what}: {error}; {of} with an endpoint that is denied are closed, and those that are to be open \
+                     because of their endpoints are not"
+                );
+                return (compiled, Some(text));
+            }
         }
         let closed = Self {
             mode: self.mode,
+            services: added.into(),
             ..unreadable_tiers(settings)
         };
-        let text = format!("the policy with its rules for Services: {error}; everything is denied");
-        (closed, Some(text))
+        (
+            closed,
+            Some(format!("{what}: {error}; everything is denied")),
+        )
     }
 
     fn with(&self, settings: &Settings, added: &[Added]) -> Result<Self, PolicyError> {
@@ -283,6 +289,12 @@ impl Compiled {
             deciding: deciding(&classes, &tiers, &allow, &deny),
             ..self.clone()
         })
+    }
+
+    /// Whether packets to this Service are denied because of an endpoint.
+    pub fn denies_service(&self, name: &ServiceName) -> bool {
+        let mut denials = self.services.iter().filter(|added| added.is_denial);
+        denials.any(|added| *added.about.service == *name)
     }
 
     /// The Service because of which this entry denies packets to an address, and the endpoint that decides.

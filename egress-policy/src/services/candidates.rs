@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use egress_common::{address::Address, classes::ClassSet, protocol::bits, records::PortClass};
 
-use super::Service;
+use super::{ServiceName, Services};
 use crate::{
     compile::Compiled,
     prefix::{Prefix, to_mapped},
@@ -13,24 +13,31 @@ use crate::{
 /// Services by their endpoints.
 #[derive(Debug)]
 pub(super) struct Index {
-    services: Vec<Arc<Service>>,
-    /// Each endpoint's address, and the place of its Service in `services`. In order.
+    names: Vec<Arc<ServiceName>>,
+    /// Each endpoint's address, and the place of its Service in `names`. In order.
     addresses: Vec<(Address, u32)>,
     /// The same for the ports of endpoints that are not the port of the Service.
     moved: Vec<(u16, u32)>,
 }
 
 impl Index {
-    pub(super) fn new<'a>(services: impl Iterator<Item = &'a Arc<Service>>) -> Self {
-        let services: Vec<_> = services.cloned().collect();
+    pub(super) fn new(services: &Services) -> Self {
+        let names: Vec<_> = services.names().into_iter().cloned().collect();
         let (mut addresses, mut moved) = (Vec::new(), Vec::new());
-        for (service, place) in services.iter().zip(0..) {
-            for port in &service.ports {
-                for endpoint in &port.endpoints {
-                    addresses.push((to_mapped(endpoint.ip()), place));
-                    if endpoint.port() != port.port || port.node_port.is_some() {
-                        moved.push((endpoint.port(), place));
-                    }
+        for (name, place) in names.iter().zip(0..) {
+            let present = services.all.get(name);
+            let present = present.into_iter().flat_map(|service| &service.ports);
+            let present = present.flat_map(|port| {
+                let endpoints = port.endpoints.iter();
+                endpoints.map(|endpoint| (port.route(), *endpoint))
+            });
+            let lost = services.lost.get(name);
+            let lost = lost.into_iter().flat_map(|lost| &lost.endpoints);
+            let lost = lost.map(|(route, endpoint, _)| (*route, *endpoint));
+            for (route, endpoint) in present.chain(lost) {
+                addresses.push((to_mapped(endpoint.ip()), place));
+                if endpoint.port() != route.port || route.node_port.is_some() {
+                    moved.push((endpoint.port(), place));
                 }
             }
         }
@@ -39,7 +46,7 @@ impl Index {
         moved.sort_unstable();
         moved.dedup();
         Self {
-            services,
+            names,
             addresses,
             moved,
         }
@@ -47,7 +54,7 @@ impl Index {
 
     /// The Services of which a prefix of the policy has an endpoint, or which lead to a port that the policy denies
     /// everywhere. All others have only endpoints of which the policy says the same as of the Service.
-    pub(super) fn candidates(&self, policy: &Compiled) -> Vec<&Arc<Service>> {
+    pub(super) fn candidates(&self, policy: &Compiled) -> Vec<&Arc<ServiceName>> {
         let mut places: Vec<u32> = Vec::new();
         let with_entries = policy.cidrs.iter();
         for cidr in with_entries.filter(|cidr| !cidr.classes.is_empty()) {
@@ -70,9 +77,9 @@ impl Index {
         }
         places.sort_unstable();
         places.dedup();
-        let services = places.into_iter();
-        services
-            .filter_map(|place| self.services.get(place as usize))
+        let names = places.into_iter();
+        names
+            .filter_map(|place| self.names.get(place as usize))
             .collect()
     }
 

@@ -10,14 +10,15 @@ use egress_common::{
     address::Address,
     classes::ClassSet,
     reason::Reason,
-    records::{PortClass, RANGE_INTERNAL},
+    records::{PortClass, RANGE_INTERNAL, Range},
     verdict::{Destination, Verdict, deciding_entries, judge, skipped_classes},
 };
 
 use super::{
-    Places, Service, ServiceName, ServicePort, Services, Transport,
-    added::{About, Added, EVERYTHING, Place},
-    places::Trie,
+    Places, ServiceName, Services, Transport,
+    added::{About, Added, EVERYTHING, Of, Place},
+    places::{Trie, is_plain},
+    whole::{ClusterIp, Endpoint, Route, Whole, WholePort},
 };
 use crate::{
     annotations::At,
@@ -63,16 +64,18 @@ impl Known {
         }
         let again = if is_elsewhere {
             self.suspects.clear();
-            let all = services.all.iter();
-            let suspects = all.filter(|(_, service)| places.are_suspect(service));
-            self.suspects
-                .extend(suspects.map(|(name, _)| Arc::clone(name)));
+            let is_suspect = |name: &&Arc<ServiceName>| {
+                let service = services.whole(name);
+                service.is_some_and(|service| places.are_suspect(&service))
+            };
+            let suspects = services.names().into_iter().filter(is_suspect);
+            self.suspects.extend(suspects.cloned());
             Again::All
         } else {
             let changed = services.changed(&self.services);
             for name in &changed {
-                let service = services.get(name);
-                if service.is_some_and(|service| places.are_suspect(service)) {
+                let service = services.whole(name);
+                if service.is_some_and(|service| places.are_suspect(&service)) {
                     self.suspects.insert(Arc::clone(name));
                 } else {
                     self.suspects.remove(name);
@@ -88,10 +91,9 @@ impl Known {
         }
     }
 
-    /// These of the Services.
+    /// These of the Services, with what they have lost lately as if it were still there.
     pub fn only(&self, names: &BTreeSet<&Arc<ServiceName>>) -> Services {
-        let services = names.iter().filter_map(|name| self.services.get(name));
-        Services::new(services.cloned(), self.services.nodes.clone())
+        self.services.only(names)
     }
 
     /// The rules that a policy needs for all Services.
@@ -99,20 +101,15 @@ impl Known {
         if self.services.is_empty() {
             return ByService::new();
         }
-        let suspects = self.suspects.iter();
-        let suspects = suspects.filter_map(|name| self.services.get(name));
         let candidates = self.services.index().candidates(policy);
-        let services: BTreeMap<_, _> = suspects
-            .chain(candidates)
-            .map(|service| (&service.name, service))
-            .collect();
-        if services.is_empty() {
+        let names: BTreeSet<_> = self.suspects.iter().chain(candidates).collect();
+        if names.is_empty() {
             return ByService::new();
         }
         let judge = Judge::new(policy, self);
-        services
-            .into_values()
-            .filter_map(|service| judge.needed_for(service))
+        names
+            .into_iter()
+            .filter_map(|name| Some((Arc::clone(name), judge.needed_for(name)?)))
             .collect()
     }
 
@@ -139,9 +136,7 @@ impl Known {
         let judge = Judge::new(policy, self);
         let mut changed: Vec<(&Arc<ServiceName>, Option<Vec<Added>>)> = Vec::new();
         for name in concerned {
-            let service = self.services.get(name);
-            let needed = service.and_then(|service| judge.needed_for(service));
-            let needed = needed.map(|(_, added)| added);
+            let needed = judge.needed_for(name);
             if of_policy.get(name) != needed.as_ref() {
                 changed.push((name, needed));
             }
@@ -157,17 +152,29 @@ impl Known {
     }
 }
 
-/// All rules that a policy needs. Of the ports that it opens only as many count as it may have.
+/// All rules that a policy needs. Of the ports that it opens only as many count as it may have: first one of each
+/// namespace, then a second of each, and so on.
 pub fn needed(by_service: &ByService) -> Vec<Added> {
     let all = || by_service.values().flatten();
-    let mut uses: HashMap<(Place, PortClass), usize> = HashMap::new();
+    let mut uses: BTreeMap<&str, HashMap<(Place, PortClass), usize>> = BTreeMap::new();
     for one in all().filter(|one| !one.is_denial) {
-        *uses.entry((one.place, one.class)).or_default() += 1;
+        let of_namespace = uses.entry(one.namespace()).or_default();
+        *of_namespace.entry((one.place, one.class)).or_default() += 1;
     }
-    let mut most: Vec<_> = uses.into_iter().collect();
-    most.sort_by_key(|(port, uses)| (std::cmp::Reverse(*uses), *port));
-    most.truncate(OPENED_PORTS);
-    let opened: BTreeSet<(Place, PortClass)> = most.into_iter().map(|(port, _)| port).collect();
+    let mut ranked = Vec::new();
+    for uses in uses.into_values() {
+        let mut most: Vec<_> = uses.into_iter().collect();
+        most.sort_by_key(|(port, uses)| (std::cmp::Reverse(*uses), *port));
+        let most = most.into_iter().take(OPENED_PORTS);
+        ranked.extend((0_usize..).zip(most.map(|(port, _)| port)));
+    }
+    ranked.sort_unstable();
+    let mut opened: BTreeSet<(Place, PortClass)> = BTreeSet::new();
+    for (_, port) in ranked {
+        if opened.len() < OPENED_PORTS {
+            opened.insert(port);
+        }
+    }
     all()
         .filter(|one| one.is_denial || opened.contains(&(one.place, one.class)))
         .cloned()
@@ -228,47 +235,59 @@ impl<'a> Judge<'a> {
     }
 
     /// The rules that the policy needs for a Service; `None` if it needs none.
-    fn needed_for(&self, service: &Service) -> Option<(Arc<ServiceName>, Vec<Added>)> {
+    fn needed_for(&self, name: &ServiceName) -> Option<Vec<Added>> {
+        let service = &self.known.services.whole(name)?;
         let mut added = Vec::new();
-        for ip in &service.cluster {
-            self.cluster_ip(service, *ip, &mut added);
+        for cluster in &service.cluster {
+            self.cluster_ip(service, *cluster, &mut added);
         }
         for port in &service.ports {
+            let Route {
+                transport,
+                port: number,
+                node_port,
+            } = port.route;
             for ip in &service.external {
-                let endpoints = of_family(port, ip.is_ipv4());
-                let seen = self.seen_at_external(*ip, port);
-                if let Some(needed) = self.denial(&seen, port.transport, &endpoints) {
+                let endpoints = port.of_family(ip.is_ipv4());
+                let seen = self.seen_at_external(*ip, (transport, number));
+                if let Some(needed) = self.denial(&seen, transport, &endpoints) {
                     let to = vec![Prefix::host(*ip)];
-                    let class = class_of(port.transport, port.port);
-                    added.push(rule(service, port, needed, (to, class), false));
+                    let class = class_of(transport, number);
+                    added.push(rule(service, transport, needed, (to, class), Of::External));
                 }
             }
-            if let Some(node_port) = port.node_port {
+            if let Some(node_port) = node_port {
                 self.node_port(service, (port, node_port), &mut added);
             }
         }
-        (!added.is_empty()).then(|| (Arc::clone(&service.name), added))
+        (!added.is_empty()).then_some(added)
     }
 
-    fn cluster_ip(&self, service: &Service, ip: IpAddr, added: &mut Vec<Added>) {
+    fn cluster_ip(&self, service: &Whole, cluster: ClusterIp, added: &mut Vec<Added>) {
+        let ClusterIp { ip, is_lost } = cluster;
         let address = to_mapped(ip);
-        let mut needed: Vec<(&ServicePort, Needed)> = Vec::new();
+        let mut needed: Vec<(Route, Needed)> = Vec::new();
         let mut ports = 0_usize;
         for port in &service.ports {
-            let endpoints = of_family(port, ip.is_ipv4());
+            let route = port.route;
+            let endpoints = port.of_family(ip.is_ipv4());
             if endpoints.is_empty() {
                 continue;
             }
             ports += 1;
+            let Route {
+                transport, port, ..
+            } = route;
             // The gate decides about queries to resolvers.
-            let places = &self.known.places;
-            if places.is_resolver(&address, port.transport, port.port) {
+            if self.known.places.is_resolver(&address, transport, port) {
                 continue;
             }
-            let seen = self.seen_at(ip, port);
-            let denial = self.denial(&seen, port.transport, &endpoints);
-            let of_port = denial.or_else(|| self.opening(ip, port, &endpoints));
-            needed.extend(of_port.map(|needed| (port, needed)));
+            let seen = self.seen_at(ip, (transport, port));
+            let mut of_port = self.denial(&seen, transport, &endpoints);
+            if of_port.is_none() && !is_lost {
+                of_port = self.opening(ip, (transport, port), &endpoints);
+            }
+            needed.extend(of_port.map(|needed| (route, needed)));
         }
         let to = || vec![Prefix::host(ip)];
         // Where every port is denied alike, the policy needs no class for each.
@@ -283,20 +302,21 @@ impl<'a> Judge<'a> {
         if is_whole {
             needed.truncate(1);
         }
-        for (port, of_port) in needed {
+        for (route, of_port) in needed {
             let class = if is_whole {
                 EVERYTHING
             } else {
-                class_of(port.transport, port.port)
+                class_of(route.transport, route.port)
             };
-            added.push(rule(service, port, of_port, (to(), class), true));
+            let (transport, of) = (route.transport, Of::ClusterIp);
+            added.push(rule(service, transport, of_port, (to(), class), of));
         }
     }
 
     fn node_port(
         &self,
-        service: &Service,
-        (port, node_port): (&ServicePort, u16),
+        service: &Whole,
+        (port, node_port): (&WholePort, u16),
         added: &mut Vec<Added>,
     ) {
         let Known {
@@ -304,7 +324,8 @@ impl<'a> Judge<'a> {
         } = self.known;
         let all = places.with_node_ports.iter().chain(&services.nodes);
         for is_v4 in [true, false] {
-            let endpoints = of_family(port, is_v4);
+            let endpoints = port.of_family(is_v4);
+            let transport = port.route.transport;
             let nodes: Vec<Prefix> = all
                 .clone()
                 .copied()
@@ -313,28 +334,38 @@ impl<'a> Judge<'a> {
             if endpoints.is_empty() || nodes.is_empty() {
                 continue;
             }
-            let seen = self.seen_within(&nodes, (port.transport, node_port));
-            if let Some(needed) = self.denial(&seen, port.transport, &endpoints) {
-                let class = class_of(port.transport, node_port);
+            let seen = self.seen_within(&nodes, (transport, node_port));
+            if let Some(needed) = self.denial(&seen, transport, &endpoints) {
+                let class = class_of(transport, node_port);
                 let to = prefix::merge(&nodes);
-                added.push(rule(service, port, needed, (to, class), false));
+                added.push(rule(service, transport, needed, (to, class), Of::NodePort));
             }
         }
     }
 
-    fn destination(&self, address: &Address, at: (Transport, u16)) -> Destination {
+    fn destination(&self, ip: IpAddr, at: (Transport, u16)) -> Destination {
+        self.destination_in(self.known.places.range(ip), ip, at)
+    }
+
+    fn endpoint(&self, endpoint: &Endpoint, transport: Transport) -> Destination {
+        let Endpoint { at, .. } = endpoint;
+        let range = self.known.places.range_of(endpoint);
+        self.destination_in(range, at.ip(), (transport, at.port()))
+    }
+
+    fn destination_in(&self, range: Range, ip: IpAddr, at: (Transport, u16)) -> Destination {
         let record = &self.policy.record;
         let places = &self.known.places;
-        places.destination(record, &self.cidrs, address, at)
+        places.destination(record, &self.cidrs, &to_mapped(ip), range, at)
     }
 
     /// The policy's classes for an address of the Service.
-    fn seen_at(&self, ip: IpAddr, port: &ServicePort) -> Seen {
+    fn seen_at(&self, ip: IpAddr, (transport, port): (Transport, u16)) -> Seen {
         let address = to_mapped(ip);
         let record = &self.policy.record;
-        let destination = self.destination(&address, (port.transport, port.port));
+        let destination = self.destination(ip, (transport, port));
         let skipped = skipped_classes(record, &destination);
-        let matching = record.ports.matching(port.transport.bit(), port.port);
+        let matching = record.ports.matching(transport.bit(), port);
         let matching = matching.without(skipped);
         let classes = destination.cidr.or(record.any).and(matching);
         let exact = self.hosts.get(&address).copied().unwrap_or_default();
@@ -345,16 +376,16 @@ impl<'a> Judge<'a> {
             wide: classes.without(exact),
             exact,
             is_internal: destination.ranges & RANGE_INTERNAL != 0,
-            port: port.port,
+            port,
         }
     }
 
     /// The policy's classes for an external address of the Service. Who writes the Service chooses it: entries with the
     /// address, and names that lead there, may be about the host outside that has it.
-    fn seen_at_external(&self, ip: IpAddr, port: &ServicePort) -> Seen {
+    fn seen_at_external(&self, ip: IpAddr, (transport, port): (Transport, u16)) -> Seen {
         let record = &self.policy.record;
-        let matching = record.ports.matching(port.transport.bit(), port.port);
-        let seen = self.seen_at(ip, port);
+        let matching = record.ports.matching(transport.bit(), port);
+        let seen = self.seen_at(ip, (transport, port));
         Seen {
             wide: seen.wide.or(seen.exact).or(record.named.and(matching)),
             exact: ClassSet::EMPTY,
@@ -387,12 +418,7 @@ impl<'a> Judge<'a> {
     }
 
     /// The rule that denies a port of a Service because of an endpoint.
-    fn denial(
-        &self,
-        seen: &Seen,
-        transport: Transport,
-        endpoints: &[SocketAddr],
-    ) -> Option<Needed> {
+    fn denial(&self, seen: &Seen, transport: Transport, endpoints: &[Endpoint]) -> Option<Needed> {
         let denied = endpoints.iter().filter_map(|endpoint| {
             let denial = self.denial_of(seen, transport, endpoint)?;
             Some((endpoint, denial))
@@ -414,35 +440,31 @@ impl<'a> Judge<'a> {
             (None, None) => Place::Last,
         };
         let by_entry = denial.and_then(|class| {
-            let address = to_mapped(endpoint.ip());
+            let address = to_mapped(endpoint.at.ip());
             self.policy.deciding_entry(&address, class)
         });
         Some(Needed {
             place,
             is_denial: true,
             source: by_entry.cloned(),
-            endpoint: *endpoint,
+            endpoint: endpoint.at,
         })
     }
 
     /// Whether and why an endpoint is denied, unless the same follows for the Service.
-    fn denial_of(
-        &self,
-        seen: &Seen,
-        transport: Transport,
-        endpoint: &SocketAddr,
-    ) -> Option<Denial> {
+    fn denial_of(&self, seen: &Seen, transport: Transport, endpoint: &Endpoint) -> Option<Denial> {
         let record = &self.policy.record;
-        let address = to_mapped(endpoint.ip());
-        let destination = self.destination(&address, (transport, endpoint.port()));
-        let verdict = judge(record, &destination, transport.bit(), endpoint.port());
+        let port = endpoint.at.port();
+        let address = to_mapped(endpoint.at.ip());
+        let destination = self.endpoint(endpoint, transport);
+        let verdict = judge(record, &destination, transport.bit(), port);
         let Verdict::Deny { reason, class } = verdict else {
             return None;
         };
         let places = &self.known.places;
-        let is_same_port = seen.is_internal && seen.port == endpoint.port();
-        let is_plain = places.is_plain(endpoint)
-            && (is_same_port || !places.is_special(transport, endpoint.port()));
+        let is_same_port = seen.is_internal && seen.port == port;
+        let is_plain = is_plain(places.range_of(endpoint))
+            && (is_same_port || !places.is_special(transport, port));
         if reason != Reason::DenyRule {
             return (!is_plain || !seen.is_internal).then_some(None);
         }
@@ -450,7 +472,7 @@ impl<'a> Judge<'a> {
             return Some(Some(class));
         }
         // An entry that denies both counts where it is, for the Service, too. Another may deny the endpoint alone.
-        let matching = record.ports.matching(transport.bit(), endpoint.port());
+        let matching = record.ports.matching(transport.bit(), port);
         let denying = destination
             .cidr
             .or(record.any)
@@ -475,29 +497,34 @@ impl<'a> Judge<'a> {
     }
 
     /// The rule that allows a port of a cluster IP because entries with their addresses allow all endpoints.
-    fn opening(&self, ip: IpAddr, port: &ServicePort, endpoints: &[SocketAddr]) -> Option<Needed> {
+    fn opening(
+        &self,
+        ip: IpAddr,
+        (transport, port): (Transport, u16),
+        endpoints: &[Endpoint],
+    ) -> Option<Needed> {
         let record = &self.policy.record;
-        let transport = port.transport;
-        let at = (transport, port.port);
-        let service = self.destination(&to_mapped(ip), at);
+        let service = self.destination(ip, (transport, port));
         let is_passing = |destination: &Destination, port| {
             judge(record, destination, transport.bit(), port) == Verdict::Pass
         };
-        if is_passing(&service, port.port) {
+        if is_passing(&service, port) {
             return None;
         }
-        let mut last: Option<(u8, &SocketAddr)> = None;
-        for endpoint in endpoints {
-            let address = to_mapped(endpoint.ip());
-            let destination = self.destination(&address, (transport, endpoint.port()));
-            let decides = deciding_entries(record, &destination, transport.bit(), endpoint.port());
+        let mut last: Option<(u8, SocketAddr)> = None;
+        // Of lost ones it may be that nothing has their addresses any more, and so no entry.
+        let present = endpoints.iter().filter(|endpoint| endpoint.lost.is_none());
+        for endpoint in present {
+            let at = endpoint.at;
+            let destination = self.endpoint(endpoint, transport);
+            let decides = deciding_entries(record, &destination, transport.bit(), at.port());
             let by_address = decides.and(destination.cidr);
-            if by_address.is_empty() || !is_passing(&destination, endpoint.port()) {
+            if by_address.is_empty() || !is_passing(&destination, at.port()) {
                 return None;
             }
             let class = by_address.first();
             if last.is_none_or(|(latest, _)| class > latest) {
-                last = Some((class, endpoint));
+                last = Some((class, at));
             }
         }
         let (class, endpoint) = last?;
@@ -508,17 +535,9 @@ impl<'a> Judge<'a> {
             place: Place::At(class),
             is_denial: false,
             source: Some(source.clone()),
-            endpoint: *endpoint,
+            endpoint,
         })
     }
-}
-
-/// The endpoints of one family.
-fn of_family(port: &ServicePort, is_v4: bool) -> Vec<SocketAddr> {
-    let endpoints = port.endpoints.iter().copied();
-    endpoints
-        .filter(|endpoint| endpoint.is_ipv4() == is_v4)
-        .collect()
 }
 
 fn class_of(transport: Transport, port: u16) -> PortClass {
@@ -531,16 +550,16 @@ fn class_of(transport: Transport, port: u16) -> PortClass {
 }
 
 fn rule(
-    service: &Service,
-    port: &ServicePort,
+    service: &Whole,
+    transport: Transport,
     needed: Needed,
     (to, class): (Vec<Prefix>, PortClass),
-    is_of_cluster_ip: bool,
+    of: Of,
 ) -> Added {
     let about = About {
         service: Arc::clone(&service.name),
         endpoint: needed.endpoint,
-        transport: port.transport,
+        transport,
     };
     let source = needed.source.unwrap_or_else(|| EntrySource {
         text: about.endpoint_entry().into(),
@@ -548,11 +567,11 @@ fn rule(
         at: At::default(),
     });
     Added {
-        to: Some(to),
+        to,
         class,
         place: needed.place,
         is_denial: needed.is_denial,
-        is_of_cluster_ip,
+        of,
         source,
         about: Arc::new(about),
     }

@@ -21,15 +21,21 @@
 //! | `candidates` | which Services a policy may be about |
 //! | [`judge`] | what the policy says of their endpoints |
 //! | [`added`] | the rules that follow |
+//! | `coarse` | what stands for them if they are too many |
+//! | [`lost`] | what Services have lost within the last minute |
+//! | `whole` | a Service with what it has lost |
 //! | `resolvers` | resolvers whose address a Service claims |
 
 pub mod added;
 mod candidates;
+mod coarse;
 pub mod judge;
+pub mod lost;
 mod places;
 mod resolvers;
 #[cfg(test)]
 mod tests;
+mod whole;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -45,8 +51,11 @@ use super::prefix::Prefix;
 pub use added::About;
 use candidates::Index;
 pub use judge::Known;
+use lost::Lost;
+pub use lost::{Addresses, Losses};
 pub use places::Places;
 pub use resolvers::Claim;
+use whole::Whole;
 
 /// Namespace and name of a Service. Displayed as `shop/web`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -112,7 +121,7 @@ pub struct ServicePort {
 pub struct Service {
     /// Its name.
     pub name: Arc<ServiceName>,
-    /// Its cluster IPs. The API server chooses them, and nothing outside has them.
+    /// Its cluster IPs, out of the ranges that the API server has for them. Nothing else has them.
     pub cluster: Vec<IpAddr>,
     /// Addresses of load balancers and external IPs. Who writes the Service may choose them.
     pub external: Vec<IpAddr>,
@@ -124,6 +133,8 @@ pub struct Service {
 #[derive(Debug, Default)]
 pub struct Services {
     all: BTreeMap<Arc<ServiceName>, Arc<Service>>,
+    /// What some have lost lately.
+    lost: BTreeMap<Arc<ServiceName>, Lost>,
     /// Addresses of nodes, where Services have node ports.
     nodes: Vec<Prefix>,
     index: OnceLock<Index>,
@@ -131,7 +142,7 @@ pub struct Services {
 
 impl PartialEq for Services {
     fn eq(&self, other: &Self) -> bool {
-        self.all == other.all && self.nodes == other.nodes
+        self.all == other.all && self.lost == other.lost && self.nodes == other.nodes
     }
 }
 
@@ -145,7 +156,17 @@ impl Services {
             all: services
                 .map(|service| (Arc::clone(&service.name), service))
                 .collect(),
+            lost: BTreeMap::new(),
             nodes,
+            index: OnceLock::new(),
+        }
+    }
+
+    fn with_lost(&self, lost: BTreeMap<Arc<ServiceName>, Lost>) -> Self {
+        Self {
+            all: self.all.clone(),
+            lost,
+            nodes: self.nodes.clone(),
             index: OnceLock::new(),
         }
     }
@@ -153,6 +174,29 @@ impl Services {
     /// The Service of this name.
     pub fn get(&self, name: &ServiceName) -> Option<&Arc<Service>> {
         self.all.get(name)
+    }
+
+    /// The Service of this name with what it has lost lately.
+    fn whole(&self, name: &ServiceName) -> Option<Whole> {
+        let (service, lost) = (self.all.get_key_value(name), self.lost.get_key_value(name));
+        let names = [service.map(|(name, _)| name), lost.map(|(name, _)| name)];
+        let name = names.into_iter().flatten().next()?;
+        let service = service.map(|(_, service)| &**service);
+        Some(Whole::new(name, service, lost.map(|(_, lost)| lost)))
+    }
+
+    /// The names of all, also of those that are gone since a moment ago.
+    fn names(&self) -> BTreeSet<&Arc<ServiceName>> {
+        self.all.keys().chain(self.lost.keys()).collect()
+    }
+
+    /// These, with what they have lost as if it were still there.
+    fn only(&self, names: &BTreeSet<&Arc<ServiceName>>) -> Self {
+        let services = names.iter().filter_map(|name| match self.lost.get(*name) {
+            Some(_) => self.whole(name).map(|whole| Arc::new(whole.into_service())),
+            None => self.all.get(*name).cloned(),
+        });
+        Self::new(services, self.nodes.clone())
     }
 
     /// All of them.
@@ -166,24 +210,22 @@ impl Services {
     }
 
     /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.all.is_empty()
+    fn is_empty(&self) -> bool {
+        self.all.is_empty() && self.lost.is_empty()
     }
 
     fn index(&self) -> &Index {
-        self.index.get_or_init(|| Index::new(self.all.values()))
+        self.index.get_or_init(|| Index::new(self))
     }
 
     /// The names of Services that are not the same in both.
     fn changed(&self, other: &Self) -> BTreeSet<Arc<ServiceName>> {
-        let differs = |(name, service): &(&Arc<ServiceName>, &Arc<Service>)| {
-            other.all.get(*name) != Some(service)
+        let differs = |name: &&Arc<ServiceName>| {
+            self.all.get(*name) != other.all.get(*name)
+                || self.lost.get(*name) != other.lost.get(*name)
         };
-        let here = self.all.iter().filter(differs).map(|(name, _)| name);
-        let gone = other
-            .all
-            .keys()
-            .filter(|name| !self.all.contains_key(*name));
-        here.chain(gone).cloned().collect()
+        let here = self.all.keys().chain(self.lost.keys());
+        let there = other.all.keys().chain(other.lost.keys());
+        here.chain(there).filter(differs).cloned().collect()
     }
 }

@@ -1,9 +1,6 @@
 //! The kinds of addresses on a node, as the kernel's maps `ranges` and `tunnels` have them.
 
-use std::{
-    collections::HashMap,
-    net::{IpAddr, SocketAddr},
-};
+use std::{collections::HashMap, net::IpAddr};
 
 use egress_common::{
     address::Address,
@@ -13,7 +10,10 @@ use egress_common::{
     verdict::{Destination, Translated, is_dns},
 };
 
-use super::{Service, Transport};
+use super::{
+    Transport,
+    whole::{Endpoint, Whole},
+};
 use crate::{
     Cidr,
     prefix::{Prefix, mask, to_mapped},
@@ -88,15 +88,20 @@ impl Places {
         transport != Transport::Sctp && range.is_resolver_at(port)
     }
 
-    /// The entries of the maps for an address under a policy with these prefixes.
+    /// The kind of an address.
+    pub(super) fn range(&self, address: IpAddr) -> Range {
+        self.ranges.get(&to_mapped(address))
+    }
+
+    /// The entries of the maps for an address of this kind under a policy with these prefixes.
     pub(super) fn destination(
         &self,
         policy: &Policy,
         cidrs: &Trie<ClassSet>,
         address: &Address,
+        range: Range,
         (transport, port): (Transport, u16),
     ) -> Destination {
-        let range = self.ranges.get(address);
         let tunnel = self.is_tunnel(transport, port);
         let mut destination = Destination {
             cidr: cidrs.get(address),
@@ -124,26 +129,32 @@ impl Places {
         is_dns(transport.bit(), port) || self.is_tunnel(transport, port)
     }
 
-    /// Whether nothing but an internal address that nothing distinguishes is there.
-    pub(super) fn is_plain(&self, endpoint: &SocketAddr) -> bool {
-        let range = self.ranges.get(&to_mapped(endpoint.ip()));
-        range.kinds & (RANGE_INTERNAL | RANGE_PROTECTED) == RANGE_INTERNAL
-            && prefix_len(range.kinds) == 0
-    }
-
     fn is_internal(&self, address: IpAddr) -> bool {
-        self.ranges.get(&to_mapped(address)).kinds & RANGE_INTERNAL != 0
+        self.range(address).kinds & RANGE_INTERNAL != 0
     }
 
     /// Whether an endpoint of the Service may be denied without a rule while the Service is not.
-    pub(super) fn are_suspect(&self, service: &Service) -> bool {
+    pub(super) fn are_suspect(&self, service: &Whole) -> bool {
         let mut external = service.external.iter();
         external.any(|address| !self.is_internal(*address))
             || service.ports.iter().any(|port| {
                 let mut endpoints = port.endpoints.iter();
                 endpoints.any(|endpoint| {
-                    !self.is_plain(endpoint) || self.is_special(port.transport, endpoint.port())
+                    !is_plain(self.range_of(endpoint))
+                        || self.is_special(port.route.transport, endpoint.at.port())
                 })
             })
     }
+
+    /// The kind of an endpoint's address.
+    pub(super) fn range_of(&self, endpoint: &Endpoint) -> Range {
+        let lost = endpoint.lost;
+        lost.unwrap_or_else(|| self.range(endpoint.at.ip()))
+    }
+}
+
+/// Whether nothing but an internal address that nothing distinguishes is there.
+pub(super) fn is_plain(range: Range) -> bool {
+    range.kinds & (RANGE_INTERNAL | RANGE_PROTECTED) == RANGE_INTERNAL
+        && prefix_len(range.kinds) == 0
 }

@@ -1,5 +1,8 @@
 //! Services under policies: addresses that are denied or opened because of endpoints.
 
+mod coarse;
+mod lost;
+
 use std::{collections::BTreeMap, net::IpAddr};
 
 use egress_common::{
@@ -22,8 +25,14 @@ const CLUSTER_IP: &str = "10.96.0.7";
 
 /// Services are in 10.96.0.0/16, pods in 10.1.0.0/16 and `fd01::/16`, nodes in 10.9.0.0/24.
 fn places() -> Arc<Places> {
+    with_ranges(&[])
+}
+
+/// The same with these internal ranges besides.
+fn with_ranges(more: &[&str]) -> Arc<Places> {
     let prefix = |text: &str| Prefix::parse(text).unwrap();
-    let internal = ["10.1.0.0/16", "fd01::/16", "10.9.0.0/24"].map(prefix);
+    let internal = ["10.1.0.0/16", "fd01::/16", "10.9.0.0/24"].into_iter();
+    let internal: Vec<Prefix> = internal.chain(more.iter().copied()).map(prefix).collect();
     let kinds = internal
         .iter()
         .map(|internal| (*internal, RANGE_INTERNAL))
@@ -40,7 +49,7 @@ fn places() -> Arc<Places> {
         (prefix.network(), prefix.prefix_len(), range)
     });
     let tunnels = vec![TunnelKey::new(bits::UDP, 4789)];
-    Arc::new(Places::new(ranges.collect(), tunnels, internal.into()))
+    Arc::new(Places::new(ranges.collect(), tunnels, internal))
 }
 
 fn port(port: u16, endpoints: &[&str]) -> ServicePort {
@@ -126,7 +135,9 @@ fn verdict(policy: &Compiled, to: &str, transport: Transport) -> Verdict {
     let cidrs = places::Trie::<egress_common::classes::ClassSet>::of_cidrs(&policy.cidrs);
     let at = (transport, to.port());
     let places = places();
-    let destination = places.destination(&policy.record, &cidrs, &to_mapped(to.ip()), at);
+    let range = places.range(to.ip());
+    let address = to_mapped(to.ip());
+    let destination = places.destination(&policy.record, &cidrs, &address, range, at);
     verdict_on(&policy.record, &destination, transport.bit(), to.port())
 }
 
@@ -311,7 +322,9 @@ fn an_entry_for_an_outside_host_does_not_open_a_service_that_takes_its_address()
     let at = (Transport::Tcp, 80);
     let cidrs = places::Trie::<egress_common::classes::ClassSet>::of_cidrs(&policy.cidrs);
     let ip: IpAddr = "198.51.100.7".parse().unwrap();
-    let mut destination = places().destination(&policy.record, &cidrs, &to_mapped(ip), at);
+    let places = places();
+    let range = places.range(ip);
+    let mut destination = places.destination(&policy.record, &cidrs, &to_mapped(ip), range, at);
     destination.learned = policy.record.named;
     assert_ne!(
         verdict_on(&policy.record, &destination, bits::TCP, 80),
@@ -385,36 +398,6 @@ fn a_policy_without_rules_is_closed_to_services_with_outside_endpoints_too() {
     );
     assert_eq!(
         verdict(&policy, "10.96.0.8:80", Transport::Tcp),
-        Verdict::Pass
-    );
-}
-
-#[test]
-fn services_that_need_too_many_classes_are_closed_as_a_whole() {
-    let settings = settings();
-    // Every second port is denied.
-    let ports: Vec<ServicePort> = (0..300_u16)
-        .map(|number| {
-            port(
-                100 + 2 * number,
-                &[if number % 2 == 0 {
-                    "10.1.0.2:1"
-                } else {
-                    "10.1.0.3:1"
-                }],
-            )
-        })
-        .collect();
-    let known = known(&[service("many", CLUSTER_IP, &ports)]);
-    let base = compiled(None, &[(TierAction::Deny, "10.1.0.2")], &settings);
-    let added = judge::needed(&known.judge_all(&base));
-    let (policy, problem) = base.with_services(&settings, &added);
-    assert!(problem.expect("a problem").contains("classes"));
-    for to in ["10.96.0.7:100", "10.96.0.7:102"] {
-        assert_ne!(verdict(&policy, to, Transport::Tcp), Verdict::Pass, "{to}");
-    }
-    assert_eq!(
-        verdict(&policy, "10.96.0.8:100", Transport::Tcp),
         Verdict::Pass
     );
 }

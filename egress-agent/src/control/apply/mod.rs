@@ -31,6 +31,7 @@ mod remove;
 mod seed;
 mod stamps;
 mod sweep;
+mod translations;
 mod unused;
 mod upkeep;
 mod watched_hooks;
@@ -49,6 +50,7 @@ use egress_common::{
 
 use super::{
     observe::{InForce, InKernel, machine::Machine},
+    pace::Pace,
     plan::{Action, Plan},
     settings::Settings,
 };
@@ -90,6 +92,8 @@ pub(in crate::control) struct Applier {
     /// Whether the gate reads messages.
     is_reading: bool,
     next_swept: usize,
+    /// How often the node's connections may be read.
+    translations_read: Pace,
     /// Pods that wait for room in their maps.
     crowded: Crowded,
     published: Arc<Published>,
@@ -155,6 +159,7 @@ impl Applier {
             vacated: BTreeSet::new(),
             is_reading: false,
             next_swept: 0,
+            translations_read: translations::pace(),
             crowded: Crowded::new(datapath.counters()?),
             published,
             datapath,

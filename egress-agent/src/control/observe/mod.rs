@@ -192,7 +192,7 @@ impl Observer {
         self.exits.begin(&locations, &machine.links);
         self.policies.retain(|subject| pods.contains_key(subject));
         self.policies
-            .take_services(&source.services, &settings.places);
+            .take_services(settings.losses.services(), &settings.places);
         self.taps.look();
         let owners = Owners::new(
             &pods,

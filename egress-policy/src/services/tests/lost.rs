@@ -1,0 +1,159 @@
+//! What Services have lost counts for a while.
+
+use std::time::{Duration, Instant};
+
+use super::*;
+
+const MINUTE: Duration = Duration::from_secs(60);
+const SERVICE: &str = "10.96.0.7:80";
+
+/// A cluster whose Services change, and a policy.
+struct Scene {
+    losses: Losses,
+    places: Arc<Places>,
+    policy: Compiled,
+    settings: Settings,
+    began: Instant,
+}
+
+impl Scene {
+    fn new(
+        list: Option<&str>,
+        rules: &[(TierAction, &str)],
+        settings: Settings,
+        first: &Arc<Service>,
+    ) -> Self {
+        let services = Services::new([Arc::clone(first)], Vec::new());
+        Self {
+            losses: Losses::new(Arc::new(services)),
+            places: places(),
+            policy: compiled(list, rules, &settings),
+            settings,
+            began: Instant::now(),
+        }
+    }
+
+    fn denying(rules: &str, first: &Arc<Service>) -> Self {
+        Self::new(None, &[(TierAction::Deny, rules)], settings(), first)
+    }
+
+    fn take(&mut self, services: &[&Arc<Service>]) {
+        let services = services.iter().map(|service| Arc::clone(service));
+        let services = Arc::new(Services::new(services, Vec::new()));
+        self.losses.take(&services, &self.places, self.began);
+    }
+
+    #[track_caller]
+    fn passes(&self, to: &str) -> bool {
+        let mut known = Known::default();
+        known.update(self.losses.services(), &self.places);
+        let policy = with(&self.policy, &known, &self.settings);
+        verdict(&policy, to, Transport::Tcp) == Verdict::Pass
+    }
+
+    /// Forgets what is due after this time.
+    fn pass_time(&mut self, time: Duration) {
+        let now = self.began + time;
+        let due = self.losses.due(now);
+        self.losses.forget(&due, now);
+    }
+}
+
+#[test]
+fn a_lost_endpoint_denies_for_a_minute() {
+    let mut scene = Scene::denying("10.1.0.2", &web(&["10.1.0.2:80"]));
+    assert!(!scene.passes(SERVICE));
+    for after in [vec![web(&["10.1.0.3:80"])], vec![web(&[])], Vec::new()] {
+        scene.take(&after.iter().collect::<Vec<_>>());
+        assert!(!scene.passes(SERVICE), "{after:?}");
+        scene.pass_time(Duration::from_secs(59));
+        assert!(!scene.passes(SERVICE), "{after:?}");
+    }
+    let name = &web(&[]).name;
+    assert_eq!(scene.losses.due(scene.began + MINUTE), [Arc::clone(name)]);
+    let addresses = scene.losses.addresses(name);
+    assert!(addresses.contain(Transport::Tcp, SERVICE.parse().unwrap()));
+    assert!(!addresses.contain(Transport::Udp, SERVICE.parse().unwrap()));
+    assert!(!addresses.contain(Transport::Tcp, "10.96.0.8:80".parse().unwrap()));
+    scene.pass_time(MINUTE);
+    assert!(scene.passes(SERVICE));
+    assert_eq!(scene.losses.addresses(name), Addresses::default());
+}
+
+#[test]
+fn lost_ports_and_external_addresses_deny_as_well() {
+    let with_address = |ip: &str| {
+        let mut service = Service::clone(&web(&["10.1.0.2:80"]));
+        service.external = vec![ip.parse().unwrap()];
+        service.ports[0].node_port = Some(30_080);
+        Arc::new(service)
+    };
+    let mut scene = Scene::denying("10.1.0.2", &with_address("10.9.0.7"));
+    scene.take(&[&with_address("10.9.0.8")]);
+    for to in ["10.9.0.7:80", "10.9.0.8:80"] {
+        assert!(!scene.passes(to), "{to}");
+    }
+    let elsewhere = service("web", CLUSTER_IP, &[port(81, &["10.1.0.3:80"])]);
+    scene.take(&[&elsewhere]);
+    for to in ["10.9.0.7:80", "10.9.0.8:80", "10.9.0.1:30080", SERVICE] {
+        assert!(!scene.passes(to), "{to}");
+    }
+    let addresses = scene.losses.addresses(&elsewhere.name);
+    for at in ["10.9.0.7:80", "10.9.0.1:30080", "10.96.0.7:81"] {
+        assert!(
+            addresses.contain(Transport::Tcp, at.parse().unwrap()),
+            "{at}"
+        );
+    }
+    scene.pass_time(MINUTE);
+    for to in ["10.9.0.7:80", "10.9.0.8:80", "10.9.0.1:30080", SERVICE] {
+        assert!(scene.passes(to), "{to}");
+    }
+}
+
+#[test]
+fn an_endpoint_that_is_back_is_not_lost() {
+    let mut scene = Scene::denying("10.1.0.2", &web(&["10.1.0.2:80"]));
+    scene.take(&[&web(&[])]);
+    scene.take(&[&web(&["10.1.0.2:80"])]);
+    assert_eq!(scene.losses.due(scene.began + MINUTE), []);
+    scene.pass_time(MINUTE);
+    assert!(!scene.passes(SERVICE));
+}
+
+#[test]
+fn a_node_that_is_gone_denies_nothing() {
+    // Without its node, the address of the API server's endpoint counts as outside.
+    let mut scene = Scene::new(Some(""), &[], settings(), &web(&["203.0.113.9:6443"]));
+    scene.places = with_ranges(&["203.0.113.9/32"]);
+    assert!(scene.passes(SERVICE));
+    scene.take(&[&web(&["10.9.0.1:6443"])]);
+    scene.places = places();
+    assert!(scene.passes(SERVICE));
+    // An endpoint that was outside is different.
+    scene.take(&[&web(&["203.0.113.8:6443"])]);
+    scene.take(&[&web(&["10.9.0.1:6443"])]);
+    assert!(!scene.passes(SERVICE));
+}
+
+#[test]
+fn a_pod_that_is_gone_closes_no_service() {
+    let settings = Settings {
+        allow_internal: false,
+        ..settings()
+    };
+    // The entry of a pod that is gone is gone, too.
+    let mut scene = Scene::new(
+        Some("10.1.0.3"),
+        &[],
+        settings,
+        &web(&["10.1.0.2:80", "10.1.0.3:80"]),
+    );
+    assert!(!scene.passes(SERVICE));
+    scene.take(&[&web(&["10.1.0.3:80"])]);
+    assert!(scene.passes(SERVICE));
+    // Nothing is opened at an address that the Service has not any more.
+    scene.take(&[&service("web", "10.96.0.9", &[port(80, &["10.1.0.3:80"])])]);
+    assert!(scene.passes("10.96.0.9:80"));
+    assert!(!scene.passes(SERVICE));
+}

@@ -1,0 +1,151 @@
+//! A Service with what it has lost lately.
+
+use std::{net::IpAddr, net::SocketAddr, sync::Arc};
+
+use egress_common::records::Range;
+
+use super::{Service, ServiceName, ServicePort, Transport, lost::Lost};
+
+/// Where packets to a port of a Service arrive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Route {
+    pub(super) transport: Transport,
+    pub(super) port: u16,
+    pub(super) node_port: Option<u16>,
+}
+
+impl ServicePort {
+    pub(super) fn route(&self) -> Route {
+        Route {
+            transport: self.transport,
+            port: self.port,
+            node_port: self.node_port,
+        }
+    }
+}
+
+/// An endpoint.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Endpoint {
+    pub(super) at: SocketAddr,
+    /// If the Service has lost it: the kind of its address before.
+    pub(super) lost: Option<Range>,
+}
+
+/// A port with its endpoints.
+#[derive(Debug)]
+pub(super) struct WholePort {
+    pub(super) route: Route,
+    pub(super) endpoints: Vec<Endpoint>,
+}
+
+impl WholePort {
+    /// The endpoints of one family.
+    pub(super) fn of_family(&self, is_v4: bool) -> Vec<Endpoint> {
+        let endpoints = self.endpoints.iter().copied();
+        endpoints
+            .filter(|endpoint| endpoint.at.is_ipv4() == is_v4)
+            .collect()
+    }
+}
+
+/// A Service with what it has lost lately.
+#[derive(Debug)]
+pub(super) struct Whole {
+    pub(super) name: Arc<ServiceName>,
+    pub(super) cluster: Vec<ClusterIp>,
+    pub(super) external: Vec<IpAddr>,
+    pub(super) ports: Vec<WholePort>,
+}
+
+/// A cluster IP.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ClusterIp {
+    pub(super) ip: IpAddr,
+    pub(super) is_lost: bool,
+}
+
+impl Whole {
+    /// At least one of the two has to be given.
+    pub(super) fn new(
+        name: &Arc<ServiceName>,
+        service: Option<&Service>,
+        lost: Option<&Lost>,
+    ) -> Self {
+        let mut whole = Self {
+            name: Arc::clone(name),
+            cluster: Vec::new(),
+            external: Vec::new(),
+            ports: Vec::new(),
+        };
+        if let Some(service) = service {
+            let is_lost = false;
+            let cluster = service.cluster.iter();
+            whole
+                .cluster
+                .extend(cluster.map(|ip| ClusterIp { ip: *ip, is_lost }));
+            whole.external.extend(&service.external);
+            whole.ports.extend(service.ports.iter().map(|port| {
+                let endpoints = port.endpoints.iter();
+                WholePort {
+                    route: port.route(),
+                    endpoints: endpoints
+                        .map(|at| Endpoint {
+                            at: *at,
+                            lost: None,
+                        })
+                        .collect(),
+                }
+            }));
+        }
+        if let Some(lost) = lost {
+            let is_lost = true;
+            let cluster = lost.cluster.iter();
+            whole
+                .cluster
+                .extend(cluster.map(|ip| ClusterIp { ip: *ip, is_lost }));
+            whole.external.extend(&lost.external);
+            for (route, at, range) in &lost.endpoints {
+                let endpoint = Endpoint {
+                    at: *at,
+                    lost: Some(*range),
+                };
+                match whole.ports.iter_mut().find(|port| port.route == *route) {
+                    Some(port) => port.endpoints.push(endpoint),
+                    None => whole.ports.push(WholePort {
+                        route: *route,
+                        endpoints: vec![endpoint],
+                    }),
+                }
+            }
+        }
+        whole
+    }
+
+    /// The same as a Service of which nothing is told to be lost.
+    pub(super) fn into_service(self) -> Service {
+        let cluster = self.cluster.into_iter();
+        let ports = self.ports.into_iter().map(|port| {
+            let endpoints = port.endpoints.into_iter();
+            let mut endpoints: Vec<SocketAddr> = endpoints.map(|endpoint| endpoint.at).collect();
+            endpoints.sort_unstable();
+            let Route {
+                transport,
+                port,
+                node_port,
+            } = port.route;
+            ServicePort {
+                transport,
+                port,
+                node_port,
+                endpoints,
+            }
+        });
+        Service {
+            name: self.name,
+            cluster: cluster.map(|cluster| cluster.ip).collect(),
+            external: self.external,
+            ports: ports.collect(),
+        }
+    }
+}
