@@ -8,6 +8,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, MapData, RingBuf};
 use egress_common::records::{Denial, Held, LearnedNote};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// The ring of held DNS messages.
 ///
@@ -111,10 +112,25 @@ impl NoteRing {
         Self(ring)
     }
 
-    /// The next note.
+    /// The next note. `None` also while a program on another CPU writes the next one, even if there are complete notes
+    /// behind it; see [`Self::has_unread`].
     pub fn take(&mut self) -> Option<LearnedNote> {
         let item = self.0.next()?;
         read::<LearnedNote>(&item).map(|(note, _)| note)
+    }
+
+    /// Whether the ring has notes that have not been taken, also those that programs are about to write.
+    ///
+    /// The kernel reports a ring as readable from the moment when a place in it is reserved (`ringbuf_map_poll`,
+    /// kernel/bpf/ringbuf.c).
+    ///
+    /// # Errors
+    ///
+    /// When the kernel cannot tell.
+    pub fn has_unread(&self) -> Result<bool> {
+        let mut ring = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        let readable = poll(&mut ring, PollTimeout::ZERO);
+        Ok(readable.context("cannot poll the map `learned_notes`")? > 0)
     }
 }
 

@@ -129,10 +129,13 @@ impl Pod {
         if !self.enforcement.learns() {
             return Ok(());
         }
-        self.enforcement.entry.flags &= FLAGS & !INTERFACE_LEARNS;
+        let mut entry = self.enforcement.entry;
+        entry.flags &= FLAGS & !INTERFACE_LEARNS;
         for &ifindex in &self.enforcement.interfaces {
-            interfaces.set(ifindex, self.enforcement.entry)?;
+            interfaces.set(ifindex, entry)?;
         }
+        // Not before: after a failure, programs may go on learning on some of the interfaces.
+        self.enforcement.entry = entry;
         // A program that does not see this write has written its note before the next read of the ring.
         fence(Ordering::SeqCst);
         Ok(())

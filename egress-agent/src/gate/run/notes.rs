@@ -1,6 +1,11 @@
 //! The gate's side of what the programs learn: their notes, and the settings by which they learn.
 
-use anyhow::Result;
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
 use egress_common::{
     ids::PodId,
     limits::LEARNED_RING_BYTES,
@@ -15,6 +20,12 @@ use crate::datapath::{DnsTimesMap, NoteRing, boottime_ns};
 
 /// Most notes that the ring has room for.
 const NOTES_MAX: usize = LEARNED_RING_BYTES as usize / size_of::<LearnedNote>();
+
+/// How long the gate waits for programs that are writing a note. That takes less than a microsecond, unless the
+/// hypervisor takes the CPU away meanwhile.
+const WRITING: Duration = Duration::from_millis(10);
+/// The pause between two looks at the ring meanwhile.
+const PAUSE: Duration = Duration::from_micros(20);
 
 /// The programs' notes and settings.
 pub(in super::super) struct Notes {
@@ -106,8 +117,7 @@ impl Runner {
         {
             tracing::error!(%error, "the programs keep outdated decisions about names");
         }
-        // Until then, pods may be missing for which an earlier agent's programs have left notes.
-        if self.reading_since_ns.is_none() {
+        if !self.reads_notes() {
             return 0;
         }
         self.turns.begin();
@@ -130,15 +140,36 @@ impl Runner {
     ///
     /// # Errors
     ///
-    /// When the map of interfaces cannot be written.
+    /// When the map of interfaces cannot be written, or not all notes can be read. The programs learn again from the next
+    /// tick on.
     pub(in super::super) fn stop_learning(&mut self, id: PodId) -> Result<()> {
         let Some(pod) = self.pods.get_mut(&id) else {
             return Ok(());
         };
         pod.stop_learning(&mut self.interfaces)?;
-        // Those that are there now. Other pods may write further ones all the time.
-        self.take_notes(NOTES_MAX, u64::MAX);
-        Ok(())
+        self.take_all_notes()
+    }
+
+    /// Learns from all notes that are there now. Other pods may write further ones all the time.
+    ///
+    /// # Errors
+    ///
+    /// When a program takes too long to write a note: there may be notes behind it.
+    fn take_all_notes(&mut self) -> Result<()> {
+        if !self.reads_notes() {
+            return Ok(());
+        }
+        read_all(
+            self,
+            |runner, most| runner.take_notes(most, u64::MAX),
+            |runner| runner.notes.ring.has_unread(),
+        )
+    }
+
+    /// Whether the gate reads notes already: until it reads the ring of messages, pods may be missing for which an
+    /// earlier agent's programs have left notes.
+    fn reads_notes(&self) -> bool {
+        self.reading_since_ns.is_some()
     }
 
     /// Removes entries that the programs no longer need, for the pods that are due.
@@ -174,5 +205,91 @@ impl Runner {
         let cleaned = pod.clean_learned(now_ns);
         pod.start_learning(&mut self.interfaces, &mut self.shared.frame_sender)?;
         cleaned
+    }
+}
+
+/// Reads all records that are in a ring now. `take` reads at most so many, ends at one that is still being written, and
+/// returns how many it has read. `has_unread` says whether there are more.
+fn read_all<R>(
+    ring: &mut R,
+    mut take: impl FnMut(&mut R, usize) -> usize,
+    has_unread: impl Fn(&R) -> Result<bool>,
+) -> Result<()> {
+    let mut left = NOTES_MAX;
+    let mut waits_since = None;
+    loop {
+        let taken = take(ring, left);
+        // The ring has room for no more, so all others have come later.
+        left = left.saturating_sub(taken);
+        if left == 0 || !has_unread(ring)? {
+            return Ok(());
+        }
+        if taken > 0 {
+            waits_since = None;
+            continue;
+        }
+        let since = *waits_since.get_or_insert_with(Instant::now);
+        ensure!(
+            since.elapsed() < WRITING,
+            "a program has not finished a note on learned addresses for {WRITING:?}"
+        );
+        thread::sleep(PAUSE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A ring whose first records take some looks until they are written.
+    struct Ring {
+        /// For each record, how many looks it takes.
+        records: Vec<usize>,
+        read: usize,
+    }
+
+    impl Ring {
+        fn take(&mut self, most: usize) -> usize {
+            let mut taken = 0;
+            while taken < most
+                && let Some(looks) = self.records.get_mut(self.read)
+            {
+                if *looks > 0 {
+                    *looks -= 1;
+                    break;
+                }
+                self.read += 1;
+                taken += 1;
+            }
+            taken
+        }
+
+        fn read_all(&mut self) -> Result<()> {
+            read_all(self, Self::take, |ring| Ok(ring.read < ring.records.len()))
+        }
+    }
+
+    #[test]
+    fn notes_behind_one_that_is_being_written_are_read() {
+        let records = vec![0, 3, 0, 0, 1, 0];
+        let mut ring = Ring { records, read: 0 };
+        ring.read_all().expect("all are written in time");
+        assert_eq!(ring.read, 6);
+    }
+
+    #[test]
+    fn a_note_that_is_never_written_is_an_error() {
+        let records = vec![0, usize::MAX, 0];
+        let mut ring = Ring { records, read: 0 };
+        ring.read_all().expect_err("the last one is not read");
+        assert_eq!(ring.read, 1);
+    }
+
+    #[test]
+    fn notes_that_are_written_all_the_time_do_not_keep_the_reader() {
+        let records = vec![0; 10 * NOTES_MAX];
+        let mut ring = Ring { records, read: 0 };
+        ring.read_all().expect("as many as the ring can have had");
+        assert_eq!(ring.read, NOTES_MAX);
     }
 }
