@@ -278,12 +278,17 @@ impl Pod {
         !self.is_changing() && !self.enforcement.learns() && self.enforcement.can_learn()
     }
 
-    /// Whether it is time to remove entries that the programs no longer need; see [`Self::clean_learned`].
-    pub(in super::super) fn needs_cleaning(&self, now_ns: u64) -> bool {
-        !self.is_changing()
-            && self.enforcement.learns()
-            && (self.decided.is_full
-                || now_ns.saturating_sub(self.cleaned_ns) > RESPONSE_TIMEOUT_NS)
+    /// When entries that the programs no longer need were last removed, if it is time to do it again; see
+    /// [`Self::clean_learned`].
+    pub(in super::super) fn needs_cleaning(&self, now_ns: u64) -> Option<u64> {
+        let is_due =
+            self.decided.is_full || now_ns.saturating_sub(self.cleaned_ns) > RESPONSE_TIMEOUT_NS;
+        (is_due && !self.is_changing() && self.enforcement.learns()).then_some(self.cleaned_ns)
+    }
+
+    /// Notes that entries have been removed, or that it was tried.
+    pub(in super::super) fn set_cleaned(&mut self, now_ns: u64) {
+        self.cleaned_ns = now_ns;
     }
 
     /// Removes expired addresses and unanswered queries, and all decisions if there was no room for another one. The
@@ -293,7 +298,6 @@ impl Pod {
     ///
     /// When a map cannot be read or written.
     pub(in super::super) fn clean_learned(&mut self, now_ns: u64) -> Result<()> {
-        self.cleaned_ns = now_ns;
         if let Some(pending) = &mut self.enforcement.pending {
             pending.forget_before(now_ns.saturating_sub(RESPONSE_TIMEOUT_NS))?;
         }

@@ -27,6 +27,9 @@ const WRITING: Duration = Duration::from_millis(10);
 /// The pause between two looks at the ring meanwhile.
 const PAUSE: Duration = Duration::from_micros(20);
 
+/// How long a tick removes entries of pods that the programs no longer need, apart from the last pod's.
+const CLEANING_NS: u64 = 1_000_000;
+
 /// The programs' notes and settings.
 pub(in super::super) struct Notes {
     ring: NoteRing,
@@ -172,19 +175,19 @@ impl Runner {
         self.reading_since_ns.is_some()
     }
 
-    /// Removes entries that the programs no longer need, for the pods that are due.
+    /// Removes entries that the programs no longer need, for pods that are due. Many pods become due together, because they
+    /// came to the gate together, and each takes as long as some messages.
     pub(in super::super) fn clean_learned(&mut self, now_ns: u64) {
-        let due: Vec<PodId> = self
+        let due: Vec<(u64, PodId)> = self
             .pods
             .iter()
-            .filter(|(_, pod)| pod.needs_cleaning(now_ns))
-            .map(|(&id, _)| id)
+            .filter_map(|(&id, pod)| Some((pod.needs_cleaning(now_ns)?, id)))
             .collect();
-        for id in due {
+        for_a_while(due, boottime_ns, |id| {
             if let Err(error) = self.clean(id, now_ns) {
                 tracing::error!(pod = %id, %error, "cannot remove expired addresses that the programs have learned");
             }
-        }
+        });
         for pod in self
             .pods
             .values_mut()
@@ -198,6 +201,10 @@ impl Runner {
     }
 
     fn clean(&mut self, id: PodId, now_ns: u64) -> Result<()> {
+        // Also if it fails, so that other pods have their turns.
+        if let Some(pod) = self.pods.get_mut(&id) {
+            pod.set_cleaned(now_ns);
+        }
         self.stop_learning(id)?;
         let Some(pod) = self.pods.get_mut(&id) else {
             return Ok(());
@@ -237,8 +244,23 @@ fn read_all<R>(
     }
 }
 
+/// Does the work for the pods that are due, those first that were done the longest time ago, until it has taken
+/// [`CLEANING_NS`]. The next tick goes on with the others.
+fn for_a_while(mut due: Vec<(u64, PodId)>, clock: impl Fn() -> u64, mut work: impl FnMut(PodId)) {
+    due.sort_unstable();
+    let began_ns = clock();
+    for (_, id) in due {
+        work(id);
+        if clock().saturating_sub(began_ns) > CLEANING_NS {
+            break;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::{cell::Cell, collections::BTreeMap};
+
     use super::*;
 
     /// A ring whose first records take some looks until they are written.
@@ -291,5 +313,28 @@ mod tests {
         let mut ring = Ring { records, read: 0 };
         ring.read_all().expect("as many as the ring can have had");
         assert_eq!(ring.read, NOTES_MAX);
+    }
+
+    #[test]
+    fn pods_that_are_due_together_are_cleaned_in_several_ticks() {
+        const PODS: u32 = 60;
+        const WORK_NS: u64 = CLEANING_NS * 2 / 3;
+        let mut cleaned: BTreeMap<PodId, u64> = (0..PODS).map(|n| (PodId::new(n), 0)).collect();
+        for tick in 1..=PODS.into() {
+            let now_ns = Cell::new(0);
+            let due = cleaned.iter().map(|(&id, &at)| (at, id)).collect();
+            for_a_while(
+                due,
+                || now_ns.get(),
+                |id| {
+                    now_ns.set(now_ns.get() + WORK_NS);
+                    cleaned.insert(id, tick);
+                },
+            );
+            assert_eq!(now_ns.get(), 2 * WORK_NS, "the gate stands still");
+        }
+        // Each had two turns.
+        let first = u64::from(PODS / 2);
+        assert!(cleaned.values().all(|&tick| tick > first), "{cleaned:?}");
     }
 }
