@@ -5,6 +5,7 @@ use std::{
     thread,
 };
 
+use egress_common::records::{INTERFACE_LEARNS, InterfaceValue};
 use egress_tests::{
     Agent, DEADLINE, Lab, Pod, SHORT,
     addresses::{RESOLVER, server},
@@ -195,4 +196,34 @@ fn a_program_learns_neither_protected_nor_denied_addresses() {
             ((server(21), 443), "deny_rule"),
         ],
     );
+}
+
+/// Takes the bit for learning off every interface, as an agent does before it edits a policy.
+fn stop_learning(lab: &Lab) {
+    lab.rewrite_shared("interfaces", |_, value| {
+        let flags = std::mem::offset_of!(InterfaceValue, flags);
+        let mut word = [0; 4];
+        word.copy_from_slice(&value[flags..flags + 4]);
+        let word = u32::from_ne_bytes(word);
+        assert_ne!(word & INTERFACE_LEARNS, 0, "the programs learn");
+        value[flags..flags + 4].copy_from_slice(&(word & !INTERFACE_LEARNS).to_ne_bytes());
+    });
+}
+
+#[test]
+fn the_programs_learn_again_after_an_agent_was_killed_amid_an_edit() {
+    let mut scene = Scene::new("shop.test:443");
+    scene.lab.dns().addresses("shop.test", &[server(10)]);
+    for allow in ["shop.test:443", "shop.test:443 other.test:443"] {
+        assert_eq!(scene.pod.lookup("shop.test"), [server(10)]);
+        scene.agent.kill();
+        stop_learning(&scene.lab);
+        scene.lab.write_pod(&scene.pod, &[("allow", allow)]);
+        scene.agent = scene.lab.start_agent(&[&scene.pod]);
+        // The new agent decides the name.
+        assert_eq!(scene.pod.lookup("shop.test"), [server(10)]);
+        let (queries, responses) = scene.passed();
+        assert_eq!(scene.pod.lookup("shop.test"), [server(10)]);
+        assert_eq!(scene.passed(), (queries + 1.0, responses + 1.0));
+    }
 }
