@@ -20,7 +20,7 @@ use egress_common::{
     records::{HELD_ANSWER, HELD_QUESTION, HELD_REJECT, Held, POLICY_UNIDENTIFIED},
 };
 
-use learning::DecidedNames;
+use learning::{DecidedNames, LeftLifetimes};
 
 use super::{
     About, Enforcement, Resolutions,
@@ -83,6 +83,8 @@ pub(super) struct Pod {
     tallies: Tallies,
     /// The names that the programs know as decided.
     decided: DecidedNames,
+    /// Lifetimes that the programs had learned under the versions in which an earlier agent left the pod.
+    left_lifetimes: LeftLifetimes,
     /// When expired addresses were last removed from those that the programs have learned.
     cleaned_ns: u64,
 }

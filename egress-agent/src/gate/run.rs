@@ -402,6 +402,7 @@ impl Runner {
             Command::Read => {
                 self.reading_since_ns = Some(boottime_ns());
                 self.taken_over = Vec::new();
+                self.forget_all_early_notes();
             }
             // The loop handles it.
             Command::Stop => {}
@@ -470,6 +471,8 @@ impl Runner {
     fn add(&mut self, enforcement: Enforcement) -> Result<()> {
         let id = enforcement.entry.pod();
         let mut pod = Pod::new(enforcement, self.turns.now_ns())?;
+        // Before the pod is under its policy, which otherwise cuts its connections to these addresses.
+        self.take_early_notes(id, &mut pod)?;
         pod.start_learning(&mut self.interfaces, &mut self.shared.frame_sender)?;
         pod.forget_stale_names();
         for open in self.taken_over.extract_if(.., |open| open.pod() == id) {
@@ -477,6 +480,7 @@ impl Runner {
         }
         pod.end_quarantine(&mut self.shared);
         self.pods.insert(id, pod);
+        self.forget_early_notes(id);
         Ok(())
     }
 

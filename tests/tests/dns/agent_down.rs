@@ -1,9 +1,12 @@
 //! DNS while no agent runs.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
 
 use egress_tests::{
-    Agent, DEADLINE, Lab, Pod, SHORT,
+    Agent, DEADLINE, Lab, Pod, SHORT, StopAtEnd, TcpEcho,
     addresses::{RESOLVER, server},
     dns::{DnsStream, RecordType, address},
     eventually, exchange, holds,
@@ -114,35 +117,85 @@ fn without_an_agent_undecided_names_are_not_resolved_by_default() {
     assert_eq!(scene.lab.dns().queries_for("late.test"), 0);
 }
 
+/// A pod whose agent was killed.
+struct WithoutAgent {
+    pod: Pod,
+    lab: Lab,
+    _web: TcpEcho,
+}
+
+impl WithoutAgent {
+    /// The name resolves to an address that lives 8 seconds. The agent has decided it, and knows the address or not.
+    #[track_caller]
+    fn new(knows_address: bool) -> Self {
+        let lab = Lab::builder()
+            .config("dns.learn", "kernel")
+            .config("http", HTTP)
+            .exact_lifetimes()
+            .build();
+        let web = lab.serve_tcp(443);
+        let pod = lab.pod("shop", "cart");
+        lab.write_pod(&pod, &[("allow", "shop.test:443")]);
+        let mut agent = lab.start_agent(&[&pod]);
+        lab.dns()
+            .answer("shop.test", vec![address(server(90)).ttl(8)]);
+        assert_eq!(pod.lookup("shop.test"), [server(90)]);
+        lab.dns()
+            .answer("shop.test", vec![address(server(10)).ttl(8)]);
+        if knows_address {
+            assert_eq!(pod.lookup("shop.test"), [server(10)]);
+            eventually("the agent has kept the names of both addresses", || {
+                holds(lab.pod_entries(&pod, "names").len() == 2)
+            });
+        }
+        agent.kill();
+        assert_eq!(pod.lookup("shop.test"), [server(10)]);
+        Self {
+            pod,
+            lab,
+            _web: web,
+        }
+    }
+
+    /// Starts an agent, and meanwhile edits the policy.
+    #[track_caller]
+    fn edit(&self) -> Agent {
+        self.lab
+            .write_pod(&self.pod, &[("allow", "shop.test:443 other.test:443")]);
+        self.lab.start_agent(&[&self.pod])
+    }
+}
+
 #[test]
 fn a_lifetime_that_grew_without_an_agent_survives_an_edit_of_the_policy() {
-    let lab = Lab::builder()
-        .config("dns.learn", "kernel")
-        .config("http", HTTP)
-        .exact_lifetimes()
-        .build();
-    let _web = lab.serve_tcp(443);
-    let lives = |seconds: u32| {
-        lab.dns()
-            .answer("shop.test", vec![address(server(10)).ttl(seconds)]);
-    };
-    let pod = lab.pod("shop", "cart");
-    lab.write_pod(&pod, &[("allow", "shop.test:443")]);
-    let mut agent = lab.start_agent(&[&pod]);
-    lives(8);
-    for _ in 0..2 {
-        assert_eq!(pod.lookup("shop.test"), [server(10)]);
+    for knows_address in [true, false] {
+        let scene = WithoutAgent::new(knows_address);
+        let first = Instant::now();
+        scene
+            .lab
+            .dns()
+            .answer("shop.test", vec![address(server(10)).ttl(300)]);
+        assert_eq!(scene.pod.lookup("shop.test"), [server(10)]);
+        std::thread::sleep(Duration::from_secs(9).saturating_sub(first.elapsed()));
+        assert!(scene.pod.reaches(server(10)));
+        let _agent = scene.edit();
+        assert!(scene.pod.reaches(server(10)), "known: {knows_address}");
     }
-    let first = Instant::now();
-    eventually("the agent has kept the name", || {
-        holds(!lab.pod_entries(&pod, "names").is_empty())
+}
+
+#[test]
+fn an_edit_at_the_start_cuts_no_connection_to_an_address_that_no_agent_knew() {
+    let scene = WithoutAgent::new(false);
+    let mut open = scene.pod.talks_tcp((server(10), 443));
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let talk = scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                assert!(exchange(&mut open, b"still here", DEADLINE), "it was cut");
+            }
+        });
+        let _at_end = StopAtEnd(&stop);
+        let _agent = scene.edit();
+        assert!(!talk.is_finished(), "it was cut");
     });
-    agent.kill();
-    lives(300);
-    assert_eq!(pod.lookup("shop.test"), [server(10)]);
-    std::thread::sleep(Duration::from_secs(9).saturating_sub(first.elapsed()));
-    assert!(pod.reaches(server(10)));
-    lab.write_pod(&pod, &[("allow", "shop.test:443 other.test:443")]);
-    let _agent = lab.start_agent(&[&pod]);
-    assert!(pod.reaches(server(10)));
 }

@@ -6,7 +6,7 @@
 //! `egress-ebpf/src/message.rs`). So no address is delivered that the agent does not know.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     hash::{DefaultHasher, Hash as _, Hasher as _},
     sync::atomic::{Ordering, fence},
 };
@@ -46,6 +46,29 @@ pub(super) struct DecidedNames {
     generation: u32,
     /// The map of decisions had no room for another name.
     is_full: bool,
+}
+
+/// Ends of lifetimes that the programs have learned, by the address and the [`id_of`] the name. A note has the lifetime of
+/// the first response, and later ones have no note.
+#[derive(Default)]
+pub(super) struct LeftLifetimes(HashMap<(Address, u64), u64>);
+
+impl LeftLifetimes {
+    pub(super) fn add(&mut self, lifetimes: &[(Address, (u64, u64))]) {
+        for &(address, (expires_ns, id)) in lifetimes {
+            let known = self.0.entry((address, id)).or_default();
+            *known = expires_ns.max(*known);
+        }
+    }
+
+    /// The end of a lifetime that a note says to end at `expires_ns`.
+    fn extended(&self, address: Address, name: &Name, expires_ns: u64) -> u64 {
+        if self.0.is_empty() {
+            return expires_ns;
+        }
+        let left = self.0.get(&(address, id_of(name)));
+        left.map_or(expires_ns, |&left| expires_ns.max(left))
+    }
 }
 
 impl Enforcement {
@@ -243,7 +266,9 @@ impl Pod {
         let answered = AnswerAddress {
             address: note.addr,
             by_stranger: note.by_alias != 0 || compiled.names.is_strangers(&name),
-            expires_ns: note.expires_ns,
+            expires_ns: self
+                .left_lifetimes
+                .extended(note.addr, &name, note.expires_ns),
         };
         let grant = compiled.names.grant(&name);
         let learned = self.learned.learn(
@@ -298,6 +323,8 @@ impl Pod {
     ///
     /// When a map cannot be read or written.
     pub(in super::super) fn clean_learned(&mut self, now_ns: u64) -> Result<()> {
+        // All notes from before have been read.
+        self.left_lifetimes = LeftLifetimes::default();
         if let Some(pending) = &mut self.enforcement.pending {
             pending.forget_before(now_ns.saturating_sub(RESPONSE_TIMEOUT_NS))?;
         }

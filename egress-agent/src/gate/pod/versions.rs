@@ -12,7 +12,7 @@ use super::{
         Enforcement, backlog::Backlog, carry_over::CarryOver, fragments::Fragments, learned::Table,
         pending::Pending, share::Share, stream::Streams,
     },
-    DecidedNames, InterfaceMap, Pod, Shared, Tallies, boottime_ns,
+    DecidedNames, InterfaceMap, LeftLifetimes, Pod, Shared, Tallies, boottime_ns,
 };
 
 /// Most names of addresses that are carried over in one turn: that takes about as long as a few messages.
@@ -42,6 +42,7 @@ impl Pod {
         let kept = enforcement.names.entries()?;
         let compiled = Arc::clone(&enforcement.compiled);
         let mut left = std::mem::take(&mut enforcement.left);
+        let mut left_lifetimes = LeftLifetimes::default();
         let learned = if left.is_empty() {
             let entries = enforcement.allow.entries()?;
             Table::taken_over(entries, &kept, Some(&compiled.names))
@@ -54,7 +55,9 @@ impl Pod {
             let mut before = Table::taken_over(entries, &kept, alike.then_some(&compiled.names));
             // What the programs have learned of these names while no agent ran.
             for learning in left.iter_mut().filter_map(|left| left.allow.learning()) {
-                before.refresh(learning.lifetimes()?);
+                let lifetimes = learning.lifetimes()?;
+                left_lifetimes.add(&lifetimes);
+                before.refresh(lifetimes);
             }
             let learned = before
                 .carry_over(&compiled.names, alike, &mut enforcement, now_ns)
@@ -82,6 +85,7 @@ impl Pod {
             backlog: Backlog::default(),
             tallies: Tallies::default(),
             decided: DecidedNames::default(),
+            left_lifetimes,
             cleaned_ns: now_ns,
         })
     }

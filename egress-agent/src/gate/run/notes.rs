@@ -13,7 +13,7 @@ use egress_common::{
 };
 
 use super::{
-    super::{judge::DecisionContext, tally::Tally},
+    super::{judge::DecisionContext, pod::Pod, tally::Tally},
     Runner,
 };
 use crate::datapath::{DnsTimesMap, NoteRing, boottime_ns};
@@ -40,6 +40,9 @@ pub(in super::super) struct Notes {
     failures: Tally,
     /// Whether the resolvers were known to walk search lists when the settings were last written.
     walks: bool,
+    /// Notes of pods that an earlier agent left and that are not at the gate yet. At most as many as the ring has room
+    /// for.
+    early: Vec<LearnedNote>,
 }
 
 impl Notes {
@@ -60,6 +63,7 @@ impl Notes {
             written: DnsTimes::default(),
             failures: Tally::default(),
             walks: false,
+            early: Vec::new(),
         };
         notes.configure(context)?;
         Ok(notes)
@@ -120,13 +124,13 @@ impl Runner {
         {
             tracing::error!(%error, "the programs keep outdated decisions about names");
         }
-        if !self.reads_notes() {
-            return 0;
-        }
         self.turns.begin();
         let began_ns = self.turns.now_ns();
         let mut taken = 0;
-        while taken < most && self.turns.now_ns().saturating_sub(began_ns) <= most_ns {
+        while taken < most
+            && self.reads_notes()
+            && self.turns.now_ns().saturating_sub(began_ns) <= most_ns
+        {
             let Some(note) = self.notes.ring.take() else {
                 break;
             };
@@ -134,6 +138,8 @@ impl Runner {
             if let Some(pod) = self.pods.get_mut(&note.pod) {
                 pod.note_learned(&note, &self.shared.context);
                 pod.spend(&mut self.turns);
+            } else if self.reading_since_ns.is_none() {
+                self.notes.early.push(note);
             }
         }
         taken
@@ -159,20 +165,42 @@ impl Runner {
     ///
     /// When a program takes too long to write a note: there may be notes behind it.
     fn take_all_notes(&mut self) -> Result<()> {
-        if !self.reads_notes() {
-            return Ok(());
-        }
         read_all(
             self,
             |runner, most| runner.take_notes(most, u64::MAX),
-            |runner| runner.notes.ring.has_unread(),
+            |runner| Ok(runner.reads_notes() && runner.notes.ring.has_unread()?),
         )
     }
 
-    /// Whether the gate reads notes already: until it reads the ring of messages, pods may be missing for which an
-    /// earlier agent's programs have left notes.
+    /// Whether there is room for further notes: until the gate reads the ring of messages, pods may be missing for which
+    /// an earlier agent's programs have left some.
     fn reads_notes(&self) -> bool {
-        self.reading_since_ns.is_some()
+        self.reading_since_ns.is_some() || self.notes.early.len() < NOTES_MAX
+    }
+
+    /// Adds to the table of a pod that is new at the gate what programs have learned while no agent ran. The programs do
+    /// not learn for the pod before it is at the gate: decisions of an earlier agent do not count.
+    ///
+    /// # Errors
+    ///
+    /// When not all notes can be read.
+    pub(in super::super) fn take_early_notes(&mut self, id: PodId, pod: &mut Pod) -> Result<()> {
+        self.take_all_notes()?;
+        // They stay until the pod is at the gate: an attempt to add it may fail.
+        for note in self.notes.early.iter().filter(|note| note.pod == id) {
+            pod.note_learned(note, &self.shared.context);
+        }
+        Ok(())
+    }
+
+    /// Forgets the notes of a pod that is at the gate now.
+    pub(in super::super) fn forget_early_notes(&mut self, id: PodId) {
+        self.notes.early.retain(|note| note.pod != id);
+    }
+
+    /// Forgets the notes of pods that are not at the gate: all that an earlier agent left are.
+    pub(in super::super) fn forget_all_early_notes(&mut self) {
+        self.notes.early = Vec::new();
     }
 
     /// Removes entries that the programs no longer need, for pods that are due. Many pods become due together, because they
