@@ -369,17 +369,19 @@ pub extern "C" fn note_call(pod: u32, key: *const FlowKey, now_ns: u64) -> u32 {
     let Some(called) = (unsafe { CALLED.get(&pod) }) else {
         return 0;
     };
+    // An entry that is there is replaced: the agent may be removing it, and would not see a write to its memory.
+    let called_at = Flow::new(UNJUDGED, FLOW_OUT, now_ns);
+    if called.insert(peer, black_box(&called_at), ANY).is_ok() {
+        return 1;
+    }
+    // The kernel has no memory.
     if let Some(known) = called.get_ptr_mut(peer) {
         // SAFETY: the memory stays an entry of this map until the program ends.
         unsafe { (*known).last_seen_ns = now_ns };
         return 1;
     }
-    let called_at = Flow::new(UNJUDGED, FLOW_OUT, now_ns);
-    if called.insert(peer, black_box(&called_at), ANY).is_err() {
-        count_full(PodId::new(pod));
-        return 0;
-    }
-    1
+    count_full(PodId::new(pod));
+    0
 }
 
 /// Whether the pod has connected to the peer's address and port. A server opens its own connections from

@@ -8,13 +8,13 @@ use std::{
 
 use egress_agent::datapath::{
     Action, AllowMap, Attach, Datapath, DenialRing, DryRun, FlowMap, HeldRing, Hook, InterfaceMap,
-    Marks, NewMaps, NewPod, NewPolicy, Options, boottime_ns,
+    Marks, NewMaps, NewPod, NewPolicy, Options, Seed, SeedState, boottime_ns,
 };
 use egress_common::{
     address::{Address, from_v4},
     classes::{ClassSet, PortTable},
     ids::{IfIndex, PodId, PolicyId},
-    protocol::bits,
+    protocol::{self, bits},
     reason::Reason,
     records::{
         AllowEntry, Counters, Denial, Flow, FlowKey, Held, Interface, MODE_AUDIT, MODE_ENFORCE,
@@ -244,6 +244,42 @@ impl Programs {
             let _ends = StopAtEnd(&ends);
             self.flood(Hook::FromPod, [frame.to_vec()].into_iter(), times);
         });
+    }
+
+    /// Runs `from_pod` once on each of these frames while control sweeps the pod's flows. Returns how many destinations the
+    /// sweep has removed.
+    #[track_caller]
+    pub fn flood_amid_sweep(&mut self, frames: Vec<Vec<u8>>) -> usize {
+        let mut flows = self.flow_map();
+        thread::scope(|scope| {
+            let sweep = scope.spawn(move || flows.sweep(boottime_ns(), |_| ()));
+            self.flood(Hook::FromPod, frames.into_iter(), 1);
+            let swept = sweep.join().expect("the sweep does not panic");
+            swept.expect("the pod's flows").called
+        })
+    }
+
+    /// Notes that the pod has connected to these ports, at the time (in nanoseconds of `CLOCK_BOOTTIME`) of their numbers.
+    #[track_caller]
+    pub fn notes_called(&self, host: IpAddr, ports: impl Iterator<Item = u16>) {
+        let mut flows = self.flow_map();
+        for port in ports {
+            let seed = Seed {
+                protocol: protocol::TCP,
+                pod: (address(IpAddr::from(self.own())), 0),
+                peer: (address(host), port),
+                state: SeedState::Unjudged,
+            };
+            flows
+                .note_called(&seed, port.into())
+                .expect("a place for the destination");
+        }
+    }
+
+    /// The addresses and ports to which the pod has connected.
+    #[track_caller]
+    pub fn called(&self) -> Vec<(FlowKey, Flow)> {
+        self.flow_map().called().expect("the pod's destinations")
     }
 
     /// Inserts an address into the allow map.

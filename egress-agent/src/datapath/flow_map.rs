@@ -19,12 +19,16 @@ use super::{
     AllowError,
     keyed::{Keyed, read, values},
     policies::ignore_missing,
+    take::take,
 };
 
 /// `BPF_ANY`: insert or replace.
 const ANY: u64 = 0;
 /// `BPF_NOEXIST`: insert, and replace nothing.
 const NOEXIST: u64 = 1;
+
+/// A program that notes a destination opens the flow within this time.
+const CALLING_NS: u64 = 100_000_000;
 
 type Flows = HashMap<MapData, FlowKey, FlowValue>;
 
@@ -350,7 +354,7 @@ impl FlowMap {
                 }
             })?;
         }
-        swept.called = self.forget_called(&in_use)?;
+        swept.called = self.forget_called(&in_use, now_ns.saturating_sub(CALLING_NS))?;
         let mut inbound = Vec::new();
         forget_idle(&mut self.inbound, now_ns, udp_ns, |key, flow| {
             inbound.push((*key, *flow));
@@ -364,10 +368,22 @@ impl FlowMap {
         Ok(swept)
     }
 
+    /// The destinations of the pod.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    #[cfg(feature = "test-support")]
+    pub fn called(&self) -> Result<Vec<(FlowKey, Flow)>> {
+        let called = self.called.iter().collect::<Result<_, _>>();
+        called.context("cannot read the destinations of a pod")
+    }
+
     /// When three quarters of the capacity are used, removes the destinations to which the pod has not
     /// connected for the longest time and to which it has no open flow, until half of the capacity is free.
-    /// Returns how many.
-    fn forget_called(&mut self, in_use: &HashSet<FlowKey>) -> Result<usize> {
+    /// Those stay to which the pod has connected since `before_ns`: `in_use` may not have their flows yet. Returns how
+    /// many it has removed.
+    fn forget_called(&mut self, in_use: &HashSet<FlowKey>, before_ns: u64) -> Result<usize> {
         let known = self.called.iter().collect::<Result<Vec<_>, _>>();
         let mut known = known.context("cannot read the destinations of a pod")?;
         let places = self.limits.called;
@@ -375,17 +391,25 @@ impl FlowMap {
             return Ok(0);
         }
         let surplus = known.len() - places / 2;
-        known.retain(|(key, _)| !in_use.contains(key));
+        known.retain(|(key, flow)| flow.last_seen_ns < before_ns && !in_use.contains(key));
         known.sort_unstable_by_key(|(_, flow)| flow.last_seen_ns);
         known.truncate(surplus);
         let mut forgotten = 0;
-        for (key, flow) in &known {
-            // The pod may have connected to it again meanwhile.
-            if self.called.get(key, 0).is_ok_and(|now| now == *flow) {
-                ignore_missing(self.called.remove(key))
-                    .context("cannot remove a destination of a pod")?;
-                forgotten += 1;
+        let mut full = Vec::new();
+        for (key, judged) in known {
+            let taken = take(&mut self.called, &key);
+            match taken.context("cannot remove a destination of a pod")? {
+                // The pod has connected to it again meanwhile.
+                Some(now) if now != judged => match self.called.insert(key, now, NOEXIST) {
+                    Err(error) if is_errno(&error, libc::E2BIG) => full.push((key, now)),
+                    inserted => drop(is_added(inserted)?),
+                },
+                taken => forgotten += usize::from(taken.is_some()),
             }
+        }
+        // Others had taken their places, and now there is room.
+        for (key, now) in full {
+            is_added(self.called.insert(key, now, NOEXIST))?;
         }
         Ok(forgotten)
     }

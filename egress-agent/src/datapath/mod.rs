@@ -30,6 +30,7 @@ mod ranges;
 mod rings;
 mod stamp;
 mod stamp_check;
+mod take;
 mod tcx;
 mod trace;
 mod traffic_control;

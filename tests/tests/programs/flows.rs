@@ -1,6 +1,6 @@
 //! Flows: open connections stay open as long as they may, and no longer.
 
-use std::net::IpAddr;
+use std::{collections::HashSet, net::IpAddr};
 
 use egress_agent::datapath::{Action, Hook};
 use egress_common::{
@@ -342,6 +342,34 @@ fn no_connection_begins_whose_destination_cannot_be_noted() {
     programs.leaves(&answers.tcp(8080, 5000, flag::SYN | flag::ACK));
     programs.audit();
     programs.leaves(&other.tcp(7, PORT, flag::SYN));
+}
+
+#[test]
+fn a_destination_stays_that_is_called_while_control_makes_room() {
+    let places = FlowLimits::of(FLOW_ENTRIES).called as u16;
+    let mut forgotten = 0;
+    for sweep in 0..10 {
+        let mut programs = Programs::new();
+        programs.allow(server(1), ANYTHING, NEVER_NS);
+        let known = 1..=places / 8 * 7;
+        programs.notes_called(server(1), known.clone());
+        // Not in the order in which they are removed, so that both meet somewhere.
+        let to = programs.to(server(1));
+        let called = known.rev().collect::<Vec<_>>();
+        let syns = called.iter().map(|&port| to.tcp(7, port, flag::SYN));
+        forgotten += programs.flood_amid_sweep(syns.collect());
+        let noted = programs.called();
+        let noted: HashSet<u16> = noted.iter().map(|(key, _)| key.peer_port).collect();
+        let lost = called.iter().filter(|port| !noted.contains(port)).count();
+        // Their connections did not begin: the kernel had no memory for the entry.
+        let refused = programs.counters().flows_full;
+        assert!(
+            lost as u64 <= refused,
+            "sweep {sweep} has removed {lost} destinations that were called; {refused} were refused"
+        );
+    }
+    // A sweep that comes too late finds that all were called.
+    assert_ne!(forgotten, 0, "no sweep made room");
 }
 
 #[test]

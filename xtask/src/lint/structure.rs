@@ -78,12 +78,13 @@ const ARROWS: [(&str, Uses, &str); 5] = [
 ];
 
 /// The files that may contain `unsafe`.
-const UNSAFE: [&str; 13] = [
+const UNSAFE: [&str; 14] = [
     "egress-ebpf/src/",
     "egress-common/src/dns/message.rs",
     "egress-common/src/records.rs",
     "egress-agent/src/datapath/inner.rs",
     "egress-agent/src/datapath/rings.rs",
+    "egress-agent/src/datapath/take.rs",
     "egress-agent/src/gate/frame_sender/sending.rs",
     "egress-agent/src/host/notices.rs",
     "tests/src/features.rs",
