@@ -4,7 +4,7 @@
 //! one part in each of the pod's turns. Other pods' messages are decided in between. The response waits until all of its
 //! addresses are there.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashSet, sync::Arc, task::Poll};
 
 use egress_common::address::Address;
 
@@ -46,15 +46,6 @@ pub(super) struct Insertion {
     set: Option<HashSet<Address>>,
 }
 
-/// How far an insertion is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Progress {
-    /// All addresses are in the allow map.
-    Done,
-    /// Some are not yet.
-    Later,
-}
-
 impl Insertion {
     /// The insertion of these addresses for each of the names.
     pub(super) fn new(
@@ -92,7 +83,7 @@ impl Insertion {
 }
 
 impl Table {
-    /// Inserts the next part.
+    /// Inserts the next part. Ready when all addresses are in the allow map.
     ///
     /// # Errors
     ///
@@ -102,10 +93,10 @@ impl Table {
         allow: &mut impl Entries,
         insertion: &mut Insertion,
         now_ns: u64,
-    ) -> Result<Progress, AllowError> {
+    ) -> Poll<Result<(), AllowError>> {
         let most = allow.capacity();
         if insertion.addresses.len() > PART.max(most) && insertion.set().len() > most {
-            return Err(AllowError::Full);
+            return Poll::Ready(Err(AllowError::Full));
         }
         let mut room = PART;
         while let Some((name, grant)) = insertion.names.get_mut(insertion.done.0) {
@@ -116,7 +107,7 @@ impl Table {
                 continue;
             }
             if room == 0 {
-                return Ok(Progress::Later);
+                return Poll::Pending;
             }
             let rest = &all[insertion.done.1..];
             let part = &rest[..rest.len().min(room)];
@@ -127,7 +118,7 @@ impl Table {
                 insertion.done = (insertion.done.0 + 1, 0);
             }
         }
-        Ok(Progress::Done)
+        Poll::Ready(Ok(()))
     }
 
     /// Keeps an insertion for the pod's next turn.

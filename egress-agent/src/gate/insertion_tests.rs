@@ -1,5 +1,7 @@
 //! Insertions in parts.
 
+use std::task::Poll;
+
 use egress_common::address::from_v4;
 use egress_dns::{
     packets::{Packet, wire_name},
@@ -7,7 +9,7 @@ use egress_dns::{
 };
 
 use super::*;
-use crate::gate::insertion::{Insertion, PART, Progress};
+use crate::gate::insertion::{Insertion, PART};
 use crate::gate::pending::Exchange;
 
 const EXCHANGE: Exchange = Exchange {
@@ -46,10 +48,15 @@ fn insertion(names: &[&str], addresses: &[AnswerAddress]) -> Box<Insertion> {
     ))
 }
 
+/// Whether all addresses are there.
+fn inserted(progress: Poll<Result<(), AllowError>>) -> bool {
+    progress.map(Result::unwrap).is_ready()
+}
+
 /// How many turns the insertion takes.
 fn turns(table: &mut Table, allow: &mut Fake, insertion: &mut Insertion) -> usize {
     let mut turns = 1;
-    while table.proceed(allow, insertion, SECOND).unwrap() == Progress::Later {
+    while !inserted(table.proceed(allow, insertion, SECOND)) {
         turns += 1;
     }
     turns
@@ -63,9 +70,9 @@ fn many_addresses_are_inserted_in_parts() {
     let mut most = 0;
     loop {
         let before = allow.writes;
-        let progress = table.proceed(&mut allow, &mut insertion, SECOND).unwrap();
+        let is_done = inserted(table.proceed(&mut allow, &mut insertion, SECOND));
         most = most.max(allow.writes - before);
-        if progress == Progress::Done {
+        if is_done {
             break;
         }
     }
@@ -104,7 +111,7 @@ fn a_response_of_many_parts_larger_than_the_map_is_not_inserted() {
     let (mut table, mut allow) = (Table::new(), fake(50));
     let mut insertion = insertion(&["a.test"], &many(0, 60));
     let inserted = table.proceed(&mut allow, &mut insertion, SECOND);
-    assert!(matches!(inserted, Err(AllowError::Full)));
+    assert!(matches!(inserted, Poll::Ready(Err(AllowError::Full))));
     assert!(allow.entries.is_empty());
 }
 
@@ -120,7 +127,7 @@ fn an_insertion_continues_only_for_its_own_response() {
         (EXCHANGE, b"message", (SECOND, GENERATION + 1), false),
     ] {
         let mut insertion = insertion(&["a.test"], &many(0, 100));
-        table.proceed(&mut allow, &mut insertion, SECOND).unwrap();
+        assert!(!inserted(table.proceed(&mut allow, &mut insertion, SECOND)));
         table.continue_later(insertion, b"message", SECOND);
         let begun = table.begun(&exchange, message, settings);
         assert_eq!(begun.is_some(), continues);
@@ -134,7 +141,7 @@ fn an_insertion_begins_again_when_one_of_its_addresses_is_removed() {
     let mut rest = insertion(&["b.test"], &other);
     turns(&mut table, &mut allow, &mut rest);
     let mut begun = insertion(&["a.test"], &all);
-    table.proceed(&mut allow, &mut begun, SECOND).unwrap();
+    assert!(!inserted(table.proceed(&mut allow, &mut begun, SECOND)));
     table.continue_later(begun, b"message", SECOND);
     table.remove(&mut allow, other[0].address).unwrap();
     assert!(table.insertion.is_some(), "it has no such address");

@@ -1,12 +1,16 @@
 //! The decision on one DNS message, over UDP or TCP.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{
+    sync::Arc,
+    task::{Poll, ready},
+    time::SystemTime,
+};
 
 use egress_common::{packet::Packet, protocol::bits, reason::Reason, records::MODE_AUDIT};
 
 use super::{
     Direction, DnsSettings, Enforcement, Outcome, Stats, Transport,
-    insertion::{Insertion, Progress},
+    insertion::Insertion,
     learned::{AnswerAddress, Table},
     pending::{Exchange, Pending},
     stream::{self, Answered},
@@ -141,29 +145,28 @@ impl<'a> Judge<'a> {
             .report(self.denied(packet, reason, None));
     }
 
-    /// Decides on a response. If it may be delivered, its allowed addresses are in the allow map.
+    /// Decides on a response; see [`stream::Decide::answer`].
     pub(super) fn answer(
         &mut self,
         message: &[u8],
         packet: &Packet,
         pending: &mut Pending,
-    ) -> Answered {
-        let answered = self.accept(message, packet, pending);
+    ) -> Poll<Answered> {
+        let answered = ready!(self.accept(message, packet, pending));
         let outcome = match answered {
             Answered::Delivered => Outcome::Delivered,
             Answered::Withheld => Outcome::Undeliverable,
-            Answered::Later => return answered,
         };
         self.count(packet, Direction::Answer, outcome);
-        answered
+        Poll::Ready(answered)
     }
 
-    fn accept(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> Answered {
+    fn accept(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> Poll<Answered> {
         if self.context.dns.is_from_claimed(packet) {
             self.context
                 .reporter
                 .report(self.denied(packet, Reason::DnsElsewhere, None));
-            return Answered::Withheld;
+            return Poll::Ready(Answered::Withheld);
         }
         if let Some(id) = read_rejection(message) {
             let is_delivered = pending.reject(answered(id, packet), self.time_ns)
@@ -173,13 +176,13 @@ impl<'a> Judge<'a> {
                 self.context
                     .reporter
                     .report(self.denied(packet, Reason::DnsUnsolicited, None));
-                return Answered::Withheld;
+                return Poll::Ready(Answered::Withheld);
             }
-            return Answered::Delivered;
+            return Poll::Ready(Answered::Delivered);
         }
         let insertion = self.begun(message, packet);
         let insertion = insertion.or_else(|| self.begin(message, packet, pending));
-        insertion.map_or(Answered::Withheld, |insertion| {
+        insertion.map_or(Poll::Ready(Answered::Withheld), |insertion| {
             self.proceed(insertion, message, packet, pending)
         })
     }
@@ -243,19 +246,19 @@ impl<'a> Judge<'a> {
         message: &[u8],
         packet: &Packet,
         pending: &mut Pending,
-    ) -> Answered {
+    ) -> Poll<Answered> {
         let now_ns = boottime_ns();
         let inserted = self
             .learned
             .proceed(self.enforcement, &mut insertion, now_ns);
         let reason = match inserted {
-            Ok(Progress::Later) if !insertion.is_overdue(now_ns) => {
+            Poll::Pending if !insertion.is_overdue(now_ns) => {
                 self.learned.continue_later(insertion, message, now_ns);
-                return Answered::Later;
+                return Poll::Pending;
             }
-            Ok(Progress::Later) => Some(Reason::DnsNotHeld),
-            Ok(Progress::Done) => None,
-            Err(error) => {
+            Poll::Pending => Some(Reason::DnsNotHeld),
+            Poll::Ready(Ok(())) => None,
+            Poll::Ready(Err(error)) => {
                 if !matches!(error, AllowError::Full) {
                     self.learned.failures.add(error);
                 }
@@ -272,9 +275,9 @@ impl<'a> Judge<'a> {
             self.context
                 .reporter
                 .report(self.denied(packet, reason, Some(asked)));
-            return Answered::Withheld;
+            return Poll::Ready(Answered::Withheld);
         }
-        Answered::Delivered
+        Poll::Ready(Answered::Delivered)
     }
 
     /// Takes over a query that the programs have let pass: the agent has to read its response. Returns whether there
@@ -487,7 +490,7 @@ impl stream::Decide for Judge<'_> {
         Judge::ask(self, question, packet, pending);
     }
 
-    fn answer(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> Answered {
+    fn answer(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> Poll<Answered> {
         Judge::answer(self, message, packet, pending)
     }
 

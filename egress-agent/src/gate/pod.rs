@@ -8,7 +8,10 @@ mod versions;
 
 pub(super) use versions::Done;
 
-use std::collections::HashSet;
+use std::{
+    collections::HashSet,
+    task::{Poll, ready},
+};
 
 use anyhow::Result;
 use egress_common::{
@@ -29,7 +32,6 @@ use super::{
     checksum::complete_udp,
     fragments::{Fragments, Whole},
     frame_sender::FrameSender,
-    insertion::Progress,
     judge::{DecisionContext, Judge},
     learned::Table,
     open_questions::OpenQuestion,
@@ -247,22 +249,23 @@ impl Pod {
         self.learned.in_use() as u64
     }
 
-    /// Decides a frame from the ring. The frames to be sent wait in the frame sender.
-    pub(super) fn decide(&mut self, held: &HeldFrame<'_>, shared: &mut Shared) -> Progress {
+    /// Decides a frame from the ring. The frames to be sent wait in the frame sender. Pending while it takes more time than
+    /// one turn has: the same frame must then be decided again in the pod's next turn.
+    pub(super) fn decide(&mut self, held: &HeldFrame<'_>, shared: &mut Shared) -> Poll<()> {
         let mut packet = Packet::EMPTY;
         if walk(&held.frame, &mut packet) != Walked::Ip {
             // The ring keeps only the beginning of a rejected packet, and the walk may need all of it.
             if held.head.kind == HELD_REJECT {
                 self.reject_cut(held, shared);
             }
-            return Progress::Done;
+            return Poll::Ready(());
         }
         if held.head.kind == HELD_QUESTION
             && let Some(reason) = self.why_misdirected(&packet, shared)
         {
             let (judge, _) = self.judge(shared, held.head.time_ns);
             judge.report_misdirected(&packet, reason);
-            return Progress::Done;
+            return Poll::Ready(());
         }
         match held.head.kind {
             HELD_ANSWER if packet.fragment != Fragment::None => {
@@ -279,7 +282,7 @@ impl Pod {
             HELD_REJECT => reject(held, &packet, shared),
             _ => {}
         }
-        Progress::Done
+        Poll::Ready(())
     }
 
     /// Why a query must not be put back: it is not one of the pod's to a resolver, and `from_pod` does not
@@ -339,15 +342,12 @@ impl Pod {
         }
     }
 
-    fn answer(&mut self, held: &HeldFrame<'_>, packet: &Packet, shared: &mut Shared) -> Progress {
+    fn answer(&mut self, held: &HeldFrame<'_>, packet: &Packet, shared: &mut Shared) -> Poll<()> {
         let Some(message) = udp_payload(held.frame, packet) else {
-            return Progress::Done;
+            return Poll::Ready(());
         };
         let (mut judge, pending) = self.judge(shared, held.head.time_ns);
-        let answered = judge.answer(message, packet, pending);
-        if answered == Answered::Later {
-            return Progress::Later;
-        }
+        let answered = ready!(judge.answer(message, packet, pending));
         if answered == Answered::Delivered && held.head.taken != 0 {
             complete_udp(
                 shared
@@ -356,7 +356,7 @@ impl Pod {
                 packet,
             );
         }
-        Progress::Done
+        Poll::Ready(())
     }
 
     fn judge<'a>(&'a mut self, shared: &'a Shared, time_ns: u64) -> (Judge<'a>, &'a mut Pending) {

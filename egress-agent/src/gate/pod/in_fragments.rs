@@ -1,5 +1,7 @@
 //! Fragments that come to a pod from a resolver's address.
 
+use std::task::Poll;
+
 use egress_common::{packet::Packet, protocol::bits};
 
 use super::{
@@ -7,7 +9,6 @@ use super::{
         DnsSettings,
         checksum::is_right_udp,
         fragments::{self, Whole},
-        insertion::Progress,
         judge::Judge,
         stream::Answered,
     },
@@ -22,7 +23,7 @@ impl Pod {
         held: &HeldFrame<'_>,
         packet: &Packet,
         shared: &mut Shared,
-    ) -> Progress {
+    ) -> Poll<()> {
         let fragment = fragments::Held {
             frame: held.frame,
             packet,
@@ -45,7 +46,7 @@ impl Pod {
                 .map(Box::new)
         });
         let Some(whole) = whole else {
-            return Progress::Done;
+            return Poll::Ready(());
         };
         let may_pass = match answer(&whole, &shared.context.dns) {
             Answer::No => true,
@@ -54,11 +55,10 @@ impl Pod {
                 false
             }
             Answer::Yes(message) => match judge.answer(message, &whole.packet, &mut self.pending) {
-                Answered::Delivered => true,
-                Answered::Withheld => false,
-                Answered::Later => {
+                Poll::Ready(answered) => answered == Answered::Delivered,
+                Poll::Pending => {
                     self.unfinished = Some(whole);
-                    return Progress::Later;
+                    return Poll::Pending;
                 }
             },
         };
@@ -70,7 +70,7 @@ impl Pod {
                     .deliver((piece.ifindex, pod), &piece.frame);
             }
         }
-        Progress::Done
+        Poll::Ready(())
     }
 
     /// Gives up datagrams whose fragments do not arrive in time.

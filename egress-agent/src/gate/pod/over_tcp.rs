@@ -1,5 +1,7 @@
 //! A pod's connections with resolvers: DNS over TCP.
 
+use std::task::Poll;
+
 use egress_common::{
     ids::{IfIndex, PodId},
     packet::Packet,
@@ -10,7 +12,6 @@ use super::{
     super::{
         budget::Budget,
         frame_sender::FrameSender,
-        insertion::Progress,
         judge::Judge,
         stream::{Out, Step, Streams, To},
     },
@@ -56,17 +57,11 @@ impl Pod {
         packet: &Packet,
         to: To,
         shared: &mut Shared,
-    ) -> Progress {
+    ) -> Poll<()> {
         let port = (held.head.ifindex, held.head.taken != 0);
-        let is_later =
-            self.with_streams(shared, port, held.head.time_ns, |streams, step, budget| {
-                streams.segment(held.frame, packet, to, step, budget)
-            });
-        if is_later {
-            Progress::Later
-        } else {
-            Progress::Done
-        }
+        self.with_streams(shared, port, held.head.time_ns, |streams, step, budget| {
+            streams.segment(held.frame, packet, to, step, budget)
+        })
     }
 
     /// Does something with the connections. `is_taken` is whether their segments wait to be put back.

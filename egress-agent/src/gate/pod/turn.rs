@@ -1,5 +1,7 @@
 //! When a pod's messages are decided: at once, or from its backlog.
 
+use std::task::Poll;
+
 use egress_common::{
     packet::{Packet, Walked, walk},
     records::HELD_REJECT,
@@ -7,8 +9,7 @@ use egress_common::{
 
 use super::{
     super::{
-        Judged, frame_sender::FrameSender, insertion::Progress, quarantine::as_sent,
-        stats::PutBackTimes, turns::Turns,
+        Judged, frame_sender::FrameSender, quarantine::as_sent, stats::PutBackTimes, turns::Turns,
     },
     HeldFrame, InterfaceMap, Pod, Shared, boottime_ns,
 };
@@ -93,7 +94,9 @@ impl Pod {
             return true;
         }
         if let Some(waiting) = self.backlog.pop(&mut shared.backlog)
-            && self.process(&waiting.held(), interfaces, shared, sent) == Progress::Later
+            && self
+                .process(&waiting.held(), interfaces, shared, sent)
+                .is_pending()
         {
             self.backlog.put_back(waiting, &mut shared.backlog);
         }
@@ -117,7 +120,7 @@ impl Pod {
         shared: &mut Shared,
         sent: &mut PutBackTimes,
     ) -> bool {
-        while self.process(held, interfaces, shared, sent) == Progress::Later {
+        while self.process(held, interfaces, shared, sent).is_pending() {
             // Without room in the backlog the other parts follow at once.
             if self.backlog.push_first(held, &mut shared.backlog) {
                 return true;
@@ -126,27 +129,27 @@ impl Pod {
         self.learned.is_evicting()
     }
 
-    /// Decides a message. The frames to be sent wait in the frame sender.
+    /// Decides a message; see [`Pod::decide`]. The frames to be sent wait in the frame sender.
     fn process(
         &mut self,
         held: &HeldFrame<'_>,
         interfaces: &InterfaceMap,
         shared: &mut Shared,
         sent: &mut PutBackTimes,
-    ) -> Progress {
+    ) -> Poll<()> {
         // The pod became known between the query and now.
         if self.has_lost_interface(&held.head, interfaces) {
             shared
                 .frame_sender
                 .again(held.head.ifindex, &as_sent(held.frame));
-            return Progress::Done;
+            return Poll::Ready(());
         }
         let frames = shared.frame_sender.frames();
-        let progress = self.decide(held, shared);
+        let decided = self.decide(held, shared);
         let is_message = held.head.taken != 0 && held.head.kind != HELD_REJECT;
         if is_message && shared.frame_sender.frames() > frames {
             sent.note(held.head.time_ns);
         }
-        progress
+        decided
     }
 }

@@ -1,5 +1,7 @@
 //! The interface between a connection and the code that decides on its messages.
 
+use std::task::Poll;
+
 use egress_common::packet::Packet;
 
 use super::super::pending::Pending;
@@ -22,8 +24,6 @@ pub(in super::super) enum Answered {
     Delivered,
     /// It must not be delivered.
     Withheld,
-    /// Not all of its addresses are in the allow map yet. The decision is to be asked for again.
-    Later,
 }
 
 /// Decides on messages, and reports those that do not pass.
@@ -32,8 +32,9 @@ pub(in super::super) trait Decide {
     fn question(&mut self, message: &[u8], packet: &Packet) -> Asked;
     /// Records a query that goes out.
     fn ask(&mut self, question: &Question, packet: &Packet, pending: &mut Pending);
-    /// Decides on a response.
-    fn answer(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> Answered;
+    /// Decides on a response. Pending while not all of its addresses are in the allow map: the decision is to be asked for
+    /// again in a later turn of the pod.
+    fn answer(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> Poll<Answered>;
     /// Whether these bytes may be the beginning of a response that may be delivered.
     fn may_begin(&mut self, message: &[u8], packet: &Packet, pending: &Pending) -> bool;
     /// Whether a packet goes to a resolver of the current configuration.
@@ -53,7 +54,7 @@ pub(in super::super) struct Step<'a, D, O> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Next {
     Keep,
-    /// A response waits for [`Answered::Later`]. Nothing else has been done that the same segment would not do again.
+    /// The decision on a response is pending. Nothing else has been done that the same segment would not do again.
     Later,
     Forget,
 }

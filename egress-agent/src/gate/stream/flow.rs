@@ -11,6 +11,8 @@ mod resets;
 mod timers;
 mod windows;
 
+use std::task::Poll;
+
 use egress_common::{
     ids::IfIndex,
     packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
@@ -267,9 +269,9 @@ impl Flow {
         while let Some(message) = self.answered.message() {
             let pending = &mut self.pending;
             match step.decide.answer(message, segment.packet, pending) {
-                Answered::Delivered => {}
-                Answered::Withheld => return self.fail(step.out),
-                Answered::Later => return Next::Later,
+                Poll::Ready(Answered::Delivered) => {}
+                Poll::Ready(Answered::Withheld) => return self.fail(step.out),
+                Poll::Pending => return Next::Later,
             }
             self.answered.take_message();
         }

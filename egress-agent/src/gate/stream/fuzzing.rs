@@ -1,7 +1,7 @@
 //! Runs a connection whose two ends send according to a recipe, for the fuzz target `stream`, and checks what
 //! each end would read.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, task::Poll};
 
 use egress_common::{
     ids::IfIndex,
@@ -102,19 +102,19 @@ impl Decide for Decisions {
         pending.ask(exchange, question, self.now_ns);
     }
 
-    fn answer(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> Answered {
+    fn answer(&mut self, message: &[u8], packet: &Packet, pending: &mut Pending) -> Poll<Answered> {
         self.turns += 1;
         if !self.turns.is_multiple_of(3) {
-            return Answered::Later;
+            return Poll::Pending;
         }
         let delivered = read_answer(message).is_ok_and(|answer| {
             pending.answer(Self::answered(packet, &answer), &answer, self.now_ns)
         });
         if delivered {
             self.answers.push_back(message.to_vec());
-            return Answered::Delivered;
+            return Poll::Ready(Answered::Delivered);
         }
-        Answered::Withheld
+        Poll::Ready(Answered::Withheld)
     }
 
     fn may_begin(&mut self, message: &[u8], packet: &Packet, pending: &Pending) -> bool {
@@ -284,6 +284,7 @@ impl Scene {
         while self
             .streams
             .segment(&frame, &packet, to, &mut step, &mut self.budget)
+            .is_pending()
         {}
         self.check_invariants();
     }

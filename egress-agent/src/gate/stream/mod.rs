@@ -31,7 +31,10 @@ mod sender;
 mod side;
 mod split;
 
-use std::collections::{HashSet, VecDeque};
+use std::{
+    collections::{HashSet, VecDeque},
+    task::Poll,
+};
 
 use egress_common::{
     address::Address,
@@ -97,8 +100,8 @@ impl Streams {
         }
     }
 
-    /// Decides a segment on its way to the end `to`. Returns whether it must be decided again in a later turn, because a
-    /// response waits for [`Answered::Later`].
+    /// Decides a segment on its way to the end `to`. Pending while the decision on a response is: the same segment must
+    /// then be decided again in a later turn.
     pub(super) fn segment<D: Decide, O: Out>(
         &mut self,
         frame: &[u8],
@@ -106,18 +109,18 @@ impl Streams {
         to: To,
         step: &mut Step<'_, D, O>,
         budget: &mut Budget,
-    ) -> bool {
+    ) -> Poll<()> {
         let read = Segment::read(frame, packet);
         let Some(segment) = read.filter(|segment| segment.checksum != Checksum::Wrong) else {
             self.damaged += 1;
-            return false;
+            return Poll::Ready(());
         };
         let cleaned = with_known_options(&segment);
         let Some(segment) = cleaned
             .as_ref()
             .map_or(Some(segment), |frame| Segment::read(frame, packet))
         else {
-            return false;
+            return Poll::Ready(());
         };
         let key = match to {
             To::Resolver => Key {
@@ -138,7 +141,7 @@ impl Streams {
         }
         let Some(flow) = self.flows.get_mut(&key) else {
             reset_unknown_connection(&segment, to, step);
-            return false;
+            return Poll::Ready(());
         };
         let before = flow.allocated();
         let mut next = match to {
@@ -154,7 +157,10 @@ impl Streams {
         if next == Next::Forget {
             self.forget(&key, budget);
         }
-        next == Next::Later
+        if next == Next::Later {
+            return Poll::Pending;
+        }
+        Poll::Ready(())
     }
 
     /// Starts a connection with a SYN, unless the SYN repeats that of a known connection.

@@ -12,6 +12,8 @@
 //! Only complete messages that have been decided cross from one end to the other. Acknowledgments, windows
 //! and retransmissions are between each end and the agent.
 
+use std::task::Poll;
+
 use egress_common::packet::{TCP_ACK, TCP_FIN, TCP_SYN};
 
 use super::{
@@ -275,10 +277,10 @@ impl Split {
             if is_full || self.to_pod.has_unsent() {
                 return Next::Keep;
             }
-            let answered = step.decide.answer(message, &packet, &mut flow.pending);
-            if answered == Answered::Later {
+            let Poll::Ready(answered) = step.decide.answer(message, &packet, &mut flow.pending)
+            else {
                 return Next::Later;
-            }
+            };
             if answered == Answered::Delivered {
                 let from = flow.answered.parsed();
                 let message = flow.answered.slice(from, from + len as u64);

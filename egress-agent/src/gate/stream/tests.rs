@@ -61,17 +61,17 @@ impl Decide for Rules {
 
     fn ask(&mut self, _: &Question, _: &Packet, _: &mut Pending) {}
 
-    fn answer(&mut self, message: &[u8], _: &Packet, _: &mut Pending) -> Answered {
+    fn answer(&mut self, message: &[u8], _: &Packet, _: &mut Pending) -> Poll<Answered> {
         if self.turns_left > 0 {
             self.turns_left -= 1;
-            return Answered::Later;
+            return Poll::Pending;
         }
         self.answers.push(message.to_vec());
-        if message.starts_with(b"n") {
+        Poll::Ready(if message.starts_with(b"n") {
             Answered::Withheld
         } else {
             Answered::Delivered
-        }
+        })
     }
 
     fn may_begin(&mut self, message: &[u8], _: &Packet, _: &Pending) -> bool {
@@ -161,6 +161,7 @@ impl Scene {
         while self
             .streams
             .segment(&frame, &packet, to, &mut step, &mut self.budget)
+            .is_pending()
         {
             let seen: Vec<_> = step
                 .out
@@ -399,9 +400,10 @@ fn beyond_the_limit_the_least_recently_used_connection_is_reset() {
             now_ns: 2,
         };
         let budget = &mut scene.budget;
-        scene
+        let decided = scene
             .streams
             .segment(&frame, &packet, To::Resolver, &mut step, budget);
+        assert!(decided.is_ready());
     }
     assert_eq!(scene.streams.flows.len(), FLOWS);
     assert_eq!(scene.rules.lost, 1);
