@@ -3,22 +3,14 @@
 use std::task::Poll;
 
 use egress_common::address::from_v4;
-use egress_dns::{
-    packets::{Packet, wire_name},
-    read_answer,
-};
 
 use super::*;
 use crate::gate::insertion::{Insertion, PART};
-use crate::gate::pending::Exchange;
-
-const EXCHANGE: Exchange = Exchange {
-    pod_addr: [1; 16],
-    resolver: [2; 16],
-    resolver_port: 53,
-    pod_port: 40_000,
-    id: Packet::ID,
+use crate::gate::pending::{
+    Exchange,
+    tests::{A, EXCHANGE, answer},
 };
+
 const GENERATION: u32 = 7;
 
 fn many(first: u16, count: usize) -> Vec<AnswerAddress> {
@@ -34,14 +26,14 @@ fn many(first: u16, count: usize) -> Vec<AnswerAddress> {
 }
 
 fn insertion(names: &[&str], addresses: &[AnswerAddress]) -> Box<Insertion> {
-    let message = Packet::query_of_wire(&wire_name(names[0]), 1).flags(0x8180);
+    let answer = answer(names[0], A);
     let names = names
         .iter()
         .map(|text| (Arc::new(name(text)), grant(1)))
         .collect();
     Box::new(Insertion::new(
         EXCHANGE,
-        read_answer(&message.bytes()).unwrap(),
+        answer,
         addresses.to_vec(),
         names,
         (0, GENERATION),

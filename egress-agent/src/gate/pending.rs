@@ -204,28 +204,28 @@ impl Pending {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use egress_dns::{
         packets::{Packet, wire_name},
         read_answer, read_question,
     };
 
-    const EXCHANGE: Exchange = Exchange {
+    pub(in super::super) const EXCHANGE: Exchange = Exchange {
         pod_addr: [1; 16],
         resolver: [2; 16],
         resolver_port: 53,
         pod_port: 40_000,
         id: Packet::ID,
     };
-    const A: u16 = 1;
+    pub(in super::super) const A: u16 = 1;
     const AAAA: u16 = 28;
 
     fn question(name: &str, qtype: u16) -> Question {
         read_question(&Packet::query_of_wire(&wire_name(name), qtype).bytes()).unwrap()
     }
 
-    fn answer(name: &str, qtype: u16) -> Answer {
+    pub(in super::super) fn answer(name: &str, qtype: u16) -> Answer {
         let message = Packet::query_of_wire(&wire_name(name), qtype).flags(0x8180);
         read_answer(&message.bytes()).unwrap()
     }
