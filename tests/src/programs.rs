@@ -1,6 +1,7 @@
 //! Runs the programs of a pod's interface on frames, without an interface (`BPF_PROG_TEST_RUN`).
 
 use std::{
+    collections::HashSet,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::atomic::{AtomicBool, Ordering},
     thread,
@@ -8,7 +9,7 @@ use std::{
 
 use egress_agent::datapath::{
     Action, AllowMap, Attach, Datapath, DenialRing, DryRun, FlowMap, HeldRing, Hook, InterfaceMap,
-    Marks, NewMaps, NewPod, NewPolicy, Options, Seed, SeedState, boottime_ns,
+    Marks, NewMaps, NewPod, NewPolicy, OpenFlows, Options, Seed, SeedState, boottime_ns,
 };
 use egress_common::{
     address::{Address, from_v4},
@@ -309,6 +310,32 @@ impl Programs {
     #[track_caller]
     pub fn flows(&self) -> Vec<(FlowKey, Flow)> {
         self.flow_map().entries().expect("the pod's flows")
+    }
+
+    /// The destinations of the pod's open flows, and in how many parts they were read.
+    #[track_caller]
+    pub fn open_flows(&self) -> (HashSet<Address>, usize) {
+        let (flows, mut open) = (self.flow_map(), OpenFlows::default());
+        let mut parts = 1;
+        while flows.read_open(&mut open, boottime_ns()).is_pending() {
+            parts += 1;
+        }
+        (open.to, parts)
+    }
+
+    /// Records connections that the pod has opened to these peers, as control does when it begins to enforce a pod.
+    #[track_caller]
+    pub fn has_open(&self, peers: impl Iterator<Item = Address>) {
+        let mut flows = self.flow_map();
+        for peer in peers {
+            let seed = Seed {
+                protocol: protocol::TCP,
+                pod: (address(IpAddr::from(self.own())), 7),
+                peer: (peer, PORT),
+                state: SeedState::Unjudged,
+            };
+            assert!(flows.seed(&seed, boottime_ns()).expect("the pod's flows"));
+        }
     }
 
     /// Changes the entries of one of the pod's maps ([`Lab::rewrite`]).

@@ -16,7 +16,6 @@ use egress_common::{
 };
 
 use super::{
-    AllowError,
     keyed::{Keyed, read, values},
     policies::ignore_missing,
     take::take,
@@ -43,16 +42,16 @@ impl Keyed for FlowValue {
 /// Handle on one pod's flows.
 pub struct FlowMap {
     /// Established flows that the pod opened.
-    flows: Flows,
+    pub(super) flows: Flows,
     /// Established flows that peers opened.
     inbound: Flows,
     /// Flows that are not established, or closed, and the connections that peers have accepted.
-    opening: Flows,
+    pub(super) opening: Flows,
     /// The addresses and ports to which the pod has connected ([`FlowKey::called`]).
     called: HashMap<MapData, FlowKey, Flow>,
     limits: Limits,
     /// How long a UDP flow that the pod opened may be idle.
-    udp_ns: u64,
+    pub(super) udp_ns: u64,
     /// The secret of [`FlowKey::accepted_group`].
     secret: u32,
 }
@@ -61,17 +60,7 @@ pub struct FlowMap {
 #[derive(Clone, Copy, Debug)]
 struct Limits {
     established: usize,
-    opening: usize,
     called: usize,
-}
-
-/// The open flows of a pod.
-#[derive(Debug, Default)]
-pub struct OpenFlows {
-    /// Their destinations.
-    pub to: HashSet<Address>,
-    /// How many flows were read, open or not.
-    pub flows: usize,
 }
 
 /// The result of sweeping all flows.
@@ -145,7 +134,6 @@ impl FlowMap {
     ) -> Result<Self> {
         let limits = Limits {
             established: entries_of(&inbound)?,
-            opening: entries_of(&opening)?,
             called: entries_of(&called)?,
         };
         Ok(Self {
@@ -170,28 +158,6 @@ impl FlowMap {
             .flat_map(flows_of)
             .collect::<Result<_, _>>()
             .context("cannot read a pod's flows")
-    }
-
-    /// The open flows of the pod.
-    ///
-    /// # Errors
-    ///
-    /// When a map cannot be read; [`AllowError::Full`] when it changes too fast to be read.
-    pub fn open(&self, now_ns: u64) -> Result<OpenFlows, AllowError> {
-        let mut open = OpenFlows::default();
-        let most = 2 * (self.limits.established + self.limits.opening);
-        for item in flows_of(&self.flows).chain(flows_of(&self.opening)) {
-            let (key, flow) = item.map_err(AllowError::Kernel)?;
-            if is_open(&key, &flow, now_ns, self.udp_ns) {
-                open.to.insert(key.peer_addr);
-            }
-            // If the entry that was read last is removed, the kernel starts again with the first one.
-            open.flows += 1;
-            if open.flows > most {
-                return Err(AllowError::Full);
-            }
-        }
-        Ok(open)
     }
 
     /// Records that the pod has opened a TCP connection to the peer's address and port, so that no packet

@@ -22,6 +22,7 @@ mod names;
 mod netlink;
 mod node_addresses;
 mod object;
+mod open_flows;
 mod outer;
 mod pins;
 mod policies;
@@ -44,7 +45,7 @@ pub use bpffs::mount_if_missing;
 pub use counters::CounterMap;
 #[cfg(feature = "test-support")]
 pub use dry_run::{Action, DryRun};
-pub use flow_map::{FlowMap, OpenFlows, Seed, SeedState, SweepResult};
+pub use flow_map::{FlowMap, Seed, SeedState, SweepResult};
 pub use interfaces::{Adoptable, InterfaceMap};
 pub use learning::{Decided, DnsTimesMap, LearningMaps, PendingMap};
 pub use link_hardware::LinkHardwareMap;
@@ -54,6 +55,7 @@ pub use loading::Marks;
 pub use names::{Kept, NameMap, NamesError};
 pub use node_addresses::NodeAddressMap;
 pub use object::{Datapath, Options};
+pub use open_flows::OpenFlows;
 
 pub use pins::{Lock, PodPins, TryLock, cleanup};
 pub use policies::{NewMaps, NewPod, NewPolicy, PolicyPrefix};

@@ -1,42 +1,95 @@
 //! A pod's addresses in the order of their use, with the number of addresses of each name.
 
 use std::{
-    collections::{HashMap, HashSet},
-    ops::Deref,
+    collections::{BTreeMap, HashMap},
     sync::Arc,
 };
 
 use egress_common::address::Address;
-use lru::LruCache;
 
 use super::learned_address::Learned;
 use egress_dns::Name;
 
-/// The addresses of one pod, the least recently used last.
+/// The addresses of one pod, in the order of their use.
 ///
-/// It is read like the cache that it wraps. Changes go through its own functions, which count the names: to look at the
-/// names of all addresses takes milliseconds, and a pod that resolves new names all the time needs the counts often.
+/// It counts the names: to look at the names of all addresses takes milliseconds, and a pod that resolves new names all the
+/// time needs the counts often.
 pub(super) struct Addresses {
-    // Unbounded, because the bounded caches allocate all of their memory at once. The table keeps the bounds.
-    all: LruCache<Address, Learned>,
+    all: HashMap<Address, Placed>,
+    by_use: BTreeMap<Place, Address>,
+    /// The place of the next address that is used.
+    next: Place,
     /// How many addresses have the name.
     of_names: HashMap<Arc<Name>, usize>,
 }
 
-impl Deref for Addresses {
-    type Target = LruCache<Address, Learned>;
+struct Placed {
+    place: Place,
+    learned: Learned,
+}
 
-    fn deref(&self) -> &Self::Target {
-        &self.all
+/// The place of an address in the order of use. Whenever an address is used, it gets a place behind all others. So one that
+/// has its place still has not been used since.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Place(u64);
+
+impl Place {
+    /// The place behind this one.
+    pub(super) const fn next(self) -> Self {
+        Self(self.0 + 1)
     }
 }
 
 impl Addresses {
     pub(super) fn new() -> Self {
         Self {
-            all: LruCache::unbounded(),
+            all: HashMap::new(),
+            by_use: BTreeMap::new(),
+            next: Place::default(),
             of_names: HashMap::new(),
         }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.all.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.all.is_empty()
+    }
+
+    pub(super) fn contains(&self, address: &Address) -> bool {
+        self.all.contains_key(address)
+    }
+
+    pub(super) fn peek(&self, address: &Address) -> Option<&Learned> {
+        self.all.get(address).map(|placed| &placed.learned)
+    }
+
+    /// The place of an address.
+    pub(super) fn place(&self, address: &Address) -> Option<Place> {
+        self.all.get(address).map(|placed| placed.place)
+    }
+
+    /// The place behind all addresses.
+    pub(super) fn end(&self) -> Place {
+        self.next
+    }
+
+    /// The addresses from this place on, the least recently used first.
+    pub(super) fn from(&self, place: Place) -> impl Iterator<Item = (Place, Address, &Learned)> {
+        self.by_use.range(place..).filter_map(|(&place, address)| {
+            let placed = self.all.get(address)?;
+            Some((place, *address, &placed.learned))
+        })
+    }
+
+    /// The addresses, the most recently used first.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&Address, &Learned)> {
+        self.by_use
+            .values()
+            .rev()
+            .filter_map(|address| Some((address, self.peek(address)?)))
     }
 
     /// Stores an address as the most recently used one.
@@ -44,58 +97,54 @@ impl Addresses {
         for source in &learned.sources {
             *self.of_names.entry(Arc::clone(&source.name)).or_default() += 1;
         }
-        let replaced = self.all.put(address, learned);
-        self.uncount(replaced.as_ref());
+        let place = self.next;
+        self.next = place.next();
+        self.by_use.insert(place, address);
+        let replaced = self.all.insert(address, Placed { place, learned });
+        self.forget(replaced);
     }
 
     /// Removes an address.
     pub(super) fn pop(&mut self, address: &Address) -> Option<Learned> {
-        let removed = self.all.pop(address);
-        self.uncount(removed.as_ref());
-        removed
+        let removed = self.all.remove(address);
+        self.forget(removed)
     }
 
     /// Removes the least recently used address.
     pub(super) fn pop_lru(&mut self) -> Option<(Address, Learned)> {
-        let removed = self.all.pop_lru();
-        self.uncount(removed.as_ref().map(|(_, learned)| learned));
-        removed
-    }
-
-    /// Makes an address the most recently used one.
-    pub(super) fn promote(&mut self, address: &Address) {
-        self.all.promote(address);
+        let (_, &address) = self.by_use.first_key_value()?;
+        Some((address, self.pop(&address)?))
     }
 
     /// Extends a lifetime of an address, if it is there, without using it; see [`Learned::extend`].
     pub(super) fn extend(&mut self, address: &Address, until: (u64, u64)) {
-        if let Some(learned) = self.all.peek_mut(address) {
-            learned.extend(until);
+        if let Some(placed) = self.all.get_mut(address) {
+            placed.learned.extend(until);
         }
     }
 
     /// Changes all addresses without using them. `change` leaves their names as they are.
     pub(super) fn change_all(&mut self, mut change: impl FnMut(Address, &mut Learned)) {
-        for (&address, learned) in &mut self.all {
-            change(address, learned);
+        for (&address, placed) in &mut self.all {
+            change(address, &mut placed.learned);
         }
     }
 
-    /// The names that have more than this many addresses.
-    pub(super) fn names_of_more_than(&self, most: usize) -> HashSet<&Name> {
-        // Looking at all names costs more than the few addresses of most pods.
-        if self.all.len() <= most {
-            return HashSet::new();
-        }
-        let names = self.of_names.iter();
-        names
-            .filter(|&(_, &addresses)| addresses > most)
-            .map(|(name, _)| &**name)
-            .collect()
+    /// How many addresses have the name.
+    pub(super) fn count_of(&self, name: &Name) -> usize {
+        self.of_names.get(name).copied().unwrap_or(0)
     }
 
-    fn uncount(&mut self, removed: Option<&Learned>) {
-        for source in removed.iter().flat_map(|learned| &learned.sources) {
+    /// Takes what was removed out of the order and the counts.
+    fn forget(&mut self, removed: Option<Placed>) -> Option<Learned> {
+        let Placed { place, learned } = removed?;
+        self.by_use.remove(&place);
+        self.uncount(&learned);
+        Some(learned)
+    }
+
+    fn uncount(&mut self, removed: &Learned) {
+        for source in &removed.sources {
             let Some(addresses) = self.of_names.get_mut(&source.name) else {
                 continue;
             };
@@ -138,29 +187,48 @@ mod tests {
 
     proptest! {
         #[test]
-        fn each_name_is_counted_once_for_each_of_its_addresses(
+        fn addresses_stay_in_the_order_of_use_and_each_name_is_counted_once_for_each(
             steps in prop::collection::vec((0..6u8, any::<u8>(), 0..4u8), 0..60),
-            most in 0..4usize,
         ) {
             let mut addresses = Addresses::new();
+            // The least recently used first.
+            let mut order: Vec<Address> = Vec::new();
             for (number, names, step) in steps {
                 let address = from_v4([10, 0, 0, number]);
+                let place = addresses.place(&address);
                 match step {
-                    0 => drop(addresses.pop(&address)),
-                    1 => drop(addresses.pop_lru()),
-                    _ => addresses.put(address, learned(address, names)),
+                    0 => {
+                        addresses.pop(&address);
+                        order.retain(|other| *other != address);
+                    }
+                    1 => {
+                        let removed = addresses.pop_lru().map(|(address, _)| address);
+                        prop_assert_eq!(removed, order.first().copied());
+                        order = order.into_iter().skip(1).collect();
+                    }
+                    _ => {
+                        addresses.put(address, learned(address, names));
+                        order.retain(|other| *other != address);
+                        order.push(address);
+                        prop_assert_ne!(addresses.place(&address), place);
+                    }
                 }
             }
+            let from = |place| addresses.from(place).map(|(_, address, _)| address);
+            prop_assert_eq!(from(Place::default()).collect::<Vec<_>>(), order.clone());
+            for (number, address) in order.iter().enumerate() {
+                let place = addresses.place(address).expect("its place");
+                prop_assert!(from(place).eq(order[number..].iter().copied()));
+            }
+            prop_assert!(addresses.iter().map(|(address, _)| address).eq(order.iter().rev()));
+            prop_assert_eq!((addresses.len(), addresses.by_use.len()), (order.len(), order.len()));
             let mut counts: HashMap<Name, usize> = HashMap::new();
             for source in addresses.iter().flat_map(|(_, learned)| &learned.sources) {
                 *counts.entry(Name::clone(&source.name)).or_default() += 1;
             }
-            let expected: HashSet<&Name> = counts
-                .iter()
-                .filter(|&(_, &count)| count > most)
-                .map(|(name, _)| name)
-                .collect();
-            prop_assert_eq!(addresses.names_of_more_than(most), expected);
+            for (name, &count) in &counts {
+                prop_assert_eq!(addresses.count_of(name), count);
+            }
             prop_assert_eq!(addresses.of_names.len(), counts.len());
         }
     }

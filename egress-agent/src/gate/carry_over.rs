@@ -9,6 +9,7 @@ use std::{
 use egress_common::address::Address;
 
 use super::{
+    addresses::Place,
     learned::{AnswerAddress, Entries, Table},
     learned_address::Learned,
     names_kept::NamesStay,
@@ -28,8 +29,8 @@ pub(super) struct CarryOver {
     fitting: Option<HashSet<Address>>,
     /// The names without an entry that are still to be carried over; the next one is the last.
     unlisted: Vec<(Arc<Name>, Vec<AnswerAddress>)>,
-    /// How many addresses are still to be carried over.
-    left: usize,
+    /// The place of the address that is carried over next.
+    next_place: Place,
     /// How many were not, because the names that allowed them are not known.
     nameless: usize,
 }
@@ -61,7 +62,7 @@ impl Table {
     ///
     /// When the map cannot be written.
     pub(super) fn carry_over(
-        &mut self,
+        &self,
         rules: &NameRules,
         alike: bool,
         allow: &mut impl Entries,
@@ -105,7 +106,7 @@ impl CarryOver {
             unlisted: unlisted
                 .map(|(name, answered)| (Arc::clone(name), answered.clone()))
                 .collect(),
-            left: before.addresses.len(),
+            next_place: Place::default(),
             nameless: 0,
         })
     }
@@ -118,7 +119,7 @@ impl CarryOver {
     /// When the map cannot be written.
     pub(super) fn carry_part(
         &mut self,
-        before: &mut Table,
+        before: &Table,
         rules: &NameRules,
         allow: &mut impl Entries,
         now_ns: u64,
@@ -131,19 +132,16 @@ impl CarryOver {
                 self.carry_unlisted(before, &name, &answered, rules, allow, now_ns)?;
                 continue;
             }
-            if self.left == 0 {
+            // Begins with the least recently used address, so that the order of use stays.
+            let Some((place, address, learned)) = before.addresses.from(self.next_place).next()
+            else {
                 return Ok(true);
-            }
-            // Begins with the least recently used address, so that the order of use stays. When all have had their
-            // turn, they are in their order again.
-            if let Some((&address, learned)) = before.addresses.peek_lru() {
-                done += 1 + learned.sources.len();
-                self.carry(before, address, learned, rules, allow, now_ns)?;
-                before.addresses.promote(&address);
-            }
-            self.left -= 1;
+            };
+            done += 1 + learned.sources.len();
+            self.carry(before, address, learned, rules, allow, now_ns)?;
+            self.next_place = place.next();
         }
-        Ok(self.unlisted.is_empty() && self.left == 0)
+        Ok(false)
     }
 
     /// The number of addresses that are not carried over because the names that allowed them are not known.
@@ -270,11 +268,8 @@ fn fitting(
     if all.len() <= allow.capacity() {
         return Ok(None);
     }
-    let open = match allow.open(now_ns) {
-        // Otherwise a pod that opens flows fast enough could keep an edit from taking effect.
-        Err(AllowError::Full) => OpenFlows::default(),
-        open => open?,
-    };
+    let mut open = OpenFlows::default();
+    while allow.read_open(&mut open, now_ns)?.is_pending() {}
     all.sort_by_key(|address| (!open.to.contains(address), has_expired(address)));
     all.truncate(allow.capacity());
     Ok(Some(all.into_iter().collect()))

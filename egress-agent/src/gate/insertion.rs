@@ -4,11 +4,15 @@
 //! one part in each of the pod's turns. Other pods' messages are decided in between. The response waits until all of its
 //! addresses are there.
 
-use std::{collections::HashSet, sync::Arc, task::Poll};
+use std::{
+    sync::Arc,
+    task::{Poll, ready},
+};
 
 use egress_common::address::Address;
 
 use super::{
+    eviction::{Positions, Room, positions},
     learned::{AnswerAddress, Entries, Table},
     pending::Exchange,
 };
@@ -42,8 +46,7 @@ pub(super) struct Insertion {
     generation: u32,
     /// The response, to recognise it in the next turn. Empty while nothing has been left for another turn.
     message: Box<[u8]>,
-    /// The same addresses as a set, once it is needed.
-    set: Option<HashSet<Address>>,
+    room: Room,
 }
 
 impl Insertion {
@@ -66,7 +69,7 @@ impl Insertion {
             last_ns: began_ns,
             generation,
             message: Box::default(),
-            set: None,
+            room: Room::default(),
         }
     }
 
@@ -75,15 +78,23 @@ impl Insertion {
         now_ns.saturating_sub(self.began_ns) > PATIENCE_NS
     }
 
-    fn set(&mut self) -> &HashSet<Address> {
-        let addresses = &self.addresses;
-        self.set
-            .get_or_insert_with(|| addresses.iter().map(|one| one.address).collect())
+    /// Its addresses.
+    pub(super) fn positions(&mut self) -> &Positions {
+        let kept = &mut self.room.kept;
+        kept.get_or_insert_with(|| positions(&self.addresses))
+    }
+
+    /// Whether the address has been inserted for one of the names.
+    fn has_inserted(&mut self, address: &Address) -> bool {
+        let (names, addresses) = self.done;
+        let position = self.positions().get(address);
+        position.is_some_and(|&position| names > 0 || position < addresses)
     }
 }
 
 impl Table {
-    /// Inserts the next part. Ready when all addresses are in the allow map.
+    /// Inserts the next part, or searches for addresses that can be evicted for it. Ready when all addresses are in the allow
+    /// map.
     ///
     /// # Errors
     ///
@@ -95,7 +106,7 @@ impl Table {
         now_ns: u64,
     ) -> Poll<Result<(), AllowError>> {
         let most = allow.capacity();
-        if insertion.addresses.len() > PART.max(most) && insertion.set().len() > most {
+        if insertion.addresses.len() > PART.max(most) && insertion.positions().len() > most {
             return Poll::Ready(Err(AllowError::Full));
         }
         let mut room = PART;
@@ -111,10 +122,11 @@ impl Table {
             }
             let rest = &all[insertion.done.1..];
             let part = &rest[..rest.len().min(room)];
-            self.insert(allow, name, *grant, part, (all, &mut insertion.set), now_ns)?;
+            let all = (all.as_slice(), &mut insertion.room);
+            ready!(self.insert(allow, name, *grant, part, all, now_ns))?;
             room -= part.len();
             insertion.done.1 += part.len();
-            if insertion.done.1 == all.len() {
+            if insertion.done.1 == insertion.addresses.len() {
                 insertion.done = (insertion.done.0 + 1, 0);
             }
         }
@@ -150,14 +162,13 @@ impl Table {
         })
     }
 
-    /// Notes that an address has been removed: an insertion that has inserted it begins again.
+    /// Notes that an address has been removed. An insertion that has inserted it already begins again: its response must not
+    /// be delivered without the address.
     pub(super) fn note_removed(&mut self, address: &Address) {
-        if self
-            .insertion
-            .as_mut()
-            .is_some_and(|insertion| insertion.set().contains(address))
+        if let Some(insertion) = &mut self.insertion
+            && insertion.has_inserted(address)
         {
-            self.insertion = None;
+            insertion.done = (0, 0);
         }
     }
 }

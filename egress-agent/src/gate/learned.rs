@@ -5,8 +5,9 @@
 //! added later works at once for names that the pod has resolved before.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     sync::Arc,
+    task::{Poll, ready},
 };
 
 use egress_common::{address::Address, records::AllowEntry};
@@ -15,13 +16,13 @@ use lru::LruCache;
 use super::{
     Enforcement,
     addresses::Addresses,
-    eviction::{Chosen, Eviction},
+    eviction::{Chosen, Room},
     insertion::Insertion,
     learned_address::Learned,
     names_kept::NamesLost,
     tally::Tally,
 };
-use crate::datapath::{AllowError, Kept, NamesError, OpenFlows, boottime_ns};
+use crate::datapath::{AllowError, Kept, NamesError, OpenFlows};
 use egress_dns::Name;
 use egress_policy::{Grant, NameRules};
 
@@ -39,8 +40,8 @@ pub(super) trait Entries {
     fn insert(&mut self, address: Address, entry: AllowEntry) -> Result<(), AllowError>;
     /// See [`AllowMap::remove`].
     fn remove(&mut self, address: Address) -> Result<(), AllowError>;
-    /// See [`crate::datapath::FlowMap::open`].
-    fn open(&self, now_ns: u64) -> Result<OpenFlows, AllowError>;
+    /// See [`crate::datapath::FlowMap::read_open`].
+    fn read_open(&self, open: &mut OpenFlows, now_ns: u64) -> Poll<Result<(), AllowError>>;
     /// See [`crate::datapath::NameMap::keep`].
     fn keep_name(&mut self, name: &Name, answered: &AnswerAddress) -> Result<(), NamesError>;
     /// See [`crate::datapath::NameMap::forget`].
@@ -62,8 +63,8 @@ impl Entries for Enforcement {
         self.allow.remove(address)
     }
 
-    fn open(&self, now_ns: u64) -> Result<OpenFlows, AllowError> {
-        self.flows.open(now_ns)
+    fn read_open(&self, open: &mut OpenFlows, now_ns: u64) -> Poll<Result<(), AllowError>> {
+        self.flows.read_open(open, now_ns)
     }
 
     fn keep_name(&mut self, name: &Name, answered: &AnswerAddress) -> Result<(), NamesError> {
@@ -103,9 +104,8 @@ pub(super) struct Table {
     next_change_ns: u64,
     /// When the lifetimes were last compared with the clock.
     expired_ns: u64,
-    eviction: Eviction,
     /// Addresses that were chosen to be evicted, and are still there.
-    chosen: Chosen,
+    pub(super) chosen: Chosen,
     /// The response whose addresses are being inserted.
     pub(super) insertion: Option<Box<Insertion>>,
     /// How many addresses the last sweep kept although they had expired more than five minutes before.
@@ -144,7 +144,6 @@ impl Table {
             protected: LruCache::unbounded(),
             next_change_ns: u64::MAX,
             expired_ns: 0,
-            eviction: Eviction::default(),
             chosen: Chosen::default(),
             insertion: None,
             expired_kept: 0,
@@ -193,7 +192,6 @@ impl Table {
     /// Stores an address as the most recently used one.
     pub(super) fn keep(&mut self, address: Address, learned: Learned, now_ns: u64) {
         self.next_change_ns = self.next_change_ns.min(learned.changes_ns(now_ns));
-        self.chosen.spare(&address);
         self.addresses.put(address, learned);
     }
 
@@ -220,28 +218,29 @@ impl Table {
             return Ok(());
         }
         let mut name = Arc::new(name.clone());
-        self.insert(
-            allow,
-            &mut name,
-            grant,
-            answered,
-            (answered, &mut None),
-            now_ns,
-        )
+        let mut room = Room::default();
+        loop {
+            let all = (answered, &mut room);
+            let inserted = self.insert(allow, &mut name, grant, answered, all, now_ns);
+            if let Poll::Ready(result) = inserted {
+                return result;
+            }
+        }
     }
 
     /// Inserts a `part` of the addresses of a response, like [`Self::learn`]. `all` are all of them, none of which is
-    /// evicted, and the same as a set once it is needed. `name` becomes the copy of the name that the table has already.
+    /// evicted, with the room that has to be made for them. `name` becomes the copy of the name that the table has already.
+    /// Pending, with nothing inserted, while addresses are searched that can be evicted.
     pub(super) fn insert(
         &mut self,
         allow: &mut impl Entries,
         name: &mut Arc<Name>,
         grant: Grant,
         part: &[AnswerAddress],
-        all: (&[AnswerAddress], &mut Option<HashSet<Address>>),
+        all: (&[AnswerAddress], &mut Room),
         now_ns: u64,
-    ) -> Result<(), AllowError> {
-        self.make_room(allow, part, all, now_ns)?;
+    ) -> Poll<Result<(), AllowError>> {
+        ready!(self.make_room(allow, part, all, now_ns))?;
         self.share_name(name, part);
         for answered in part {
             let address = answered.address;
@@ -258,14 +257,14 @@ impl Table {
                 if is_new {
                     self.forget_name(allow, address, name);
                 }
-                return Err(error);
+                return Poll::Ready(Err(error));
             }
             if let Some(forgotten) = forgotten {
                 self.forget_name(allow, address, &forgotten);
             }
             self.keep(address, learned, now_ns);
         }
-        Ok(())
+        Poll::Ready(Ok(()))
     }
 
     /// Keeps for the next agent that the name resolved to the address. If that fails, the response is
@@ -371,59 +370,6 @@ impl Table {
         names.sort_unstable();
         names.dedup();
         names
-    }
-
-    /// Evicts addresses if those of a `part` do not fit; see [`Eviction::choose`].
-    fn make_room(
-        &mut self,
-        allow: &mut impl Entries,
-        part: &[AnswerAddress],
-        (all, kept): (&[AnswerAddress], &mut Option<HashSet<Address>>),
-        now_ns: u64,
-    ) -> Result<(), AllowError> {
-        if self.addresses.len() + part.len() <= allow.capacity() {
-            return Ok(());
-        }
-        let kept = kept.get_or_insert_with(|| all.iter().map(|one| one.address).collect());
-        let addresses: HashSet<&Address> = part.iter().map(|one| &one.address).collect();
-        let new = addresses
-            .into_iter()
-            .filter(|address| !self.addresses.contains(*address))
-            .count();
-        let wanted = (self.addresses.len() + new).saturating_sub(allow.capacity());
-        if wanted == 0 {
-            return Ok(());
-        }
-        if !self.chosen.has(wanted, &self.addresses, kept, now_ns) {
-            let chosen = self
-                .eviction
-                .choose(&self.addresses, kept, wanted, allow, now_ns)?;
-            self.chosen = Chosen::new(chosen, now_ns);
-        }
-        for address in self.chosen.take(wanted) {
-            self.remove(allow, address)?;
-        }
-        Ok(())
-    }
-
-    /// Whether addresses are still to be evicted that were chosen for it.
-    pub(super) fn is_evicting(&self) -> bool {
-        !self.chosen.is_over(boottime_ns())
-    }
-
-    /// Evicts a part of the addresses that were chosen.
-    pub(super) fn evict_more(
-        &mut self,
-        allow: &mut impl Entries,
-        now_ns: u64,
-    ) -> Result<(), AllowError> {
-        if !self.chosen.has(1, &self.addresses, &HashSet::new(), now_ns) {
-            return Ok(());
-        }
-        for address in self.chosen.take(1) {
-            self.remove(allow, address)?;
-        }
-        Ok(())
     }
 
     /// Remembers that a response for the name had a protected address, which stays closed.

@@ -13,10 +13,10 @@ pub(super) struct Fake {
     pub(super) writes: usize,
     /// Addresses with open flows.
     pub(super) open: Vec<Address>,
-    /// Whether flows change too fast to be read.
-    pub(super) changes_fast: bool,
-    /// The number of flows.
-    pub(super) flows: usize,
+    /// How many of them are read in one part; all if zero.
+    pub(super) open_part: usize,
+    /// What the programs have learned.
+    pub(super) learned: BTreeMap<Address, (u64, u64)>,
     /// The names that are kept for the next agent, and the most that it accepts.
     pub(super) names: BTreeMap<(Address, Name), AnswerAddress>,
     pub(super) most_names: Option<usize>,
@@ -42,14 +42,19 @@ impl Entries for Fake {
         Ok(())
     }
 
-    fn open(&self, _now_ns: u64) -> Result<OpenFlows, AllowError> {
-        if self.changes_fast {
-            return Err(AllowError::Full);
+    fn read_open(&self, open: &mut OpenFlows, _now_ns: u64) -> Poll<Result<(), AllowError>> {
+        let from = open.at.bucket.unwrap_or(0) as usize;
+        let rest = self.open.get(from..).unwrap_or_default();
+        let part = match self.open_part {
+            0 => rest,
+            most => &rest[..rest.len().min(most)],
+        };
+        open.to.extend(part);
+        if part.len() == rest.len() {
+            return Poll::Ready(Ok(()));
         }
-        Ok(OpenFlows {
-            to: self.open.iter().copied().collect(),
-            flows: self.flows,
-        })
+        open.at.bucket = Some((from + part.len()) as u32);
+        Poll::Pending
     }
 
     fn keep_name(&mut self, name: &Name, answered: &AnswerAddress) -> Result<(), NamesError> {
@@ -67,7 +72,7 @@ impl Entries for Fake {
         Ok(())
     }
 
-    fn learned_until(&mut self, _: Address) -> Option<(u64, u64)> {
-        None
+    fn learned_until(&mut self, address: Address) -> Option<(u64, u64)> {
+        self.learned.get(&address).copied()
     }
 }

@@ -112,7 +112,7 @@ fn a_taken_over_name_gives_no_more_than_its_entry() {
     assert_eq!(over.nameless(), 2);
     // An agent that was killed may have left two interfaces under two versions.
     let twice = [entries.clone(), entries].concat();
-    let mut unknown = Table::taken_over(twice, &kept, None);
+    let unknown = Table::taken_over(twice, &kept, None);
     let mut next = fake(8);
     unknown.carry_over(&rules, false, &mut next, 0).unwrap();
     assert_eq!([1, 2, 3].map(|last| classes(&next, last)), [1, 1, 1]);

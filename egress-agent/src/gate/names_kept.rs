@@ -1,5 +1,7 @@
 //! The names that are kept for the next agent, beside the allow map's entries.
 
+use std::task::Poll;
+
 use egress_common::{address::Address, records::AllowEntry};
 
 use super::{
@@ -51,8 +53,8 @@ impl<E: Entries> Entries for NamesStay<'_, E> {
         self.0.remove(address)
     }
 
-    fn open(&self, now_ns: u64) -> Result<OpenFlows, AllowError> {
-        self.0.open(now_ns)
+    fn read_open(&self, open: &mut OpenFlows, now_ns: u64) -> Poll<Result<(), AllowError>> {
+        self.0.read_open(open, now_ns)
     }
 
     fn keep_name(&mut self, _: &Name, _: &AnswerAddress) -> Result<(), NamesError> {

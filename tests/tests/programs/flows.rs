@@ -4,6 +4,7 @@ use std::{collections::HashSet, net::IpAddr};
 
 use egress_agent::datapath::{Action, Hook};
 use egress_common::{
+    address::from_v4,
     limits::{FLOW_ENTRIES, FlowLimits},
     reason::Reason,
     records::{
@@ -13,7 +14,7 @@ use egress_common::{
 };
 use egress_tests::{
     addresses::{RESOLVER, server, server6},
-    programs::{ANYTHING, OTHERS, PORT, Programs, TO_PORT},
+    programs::{ANYTHING, OTHERS, PORT, Programs, TO_PORT, address},
     raw::{self, Ip, flag, protocol},
 };
 
@@ -277,6 +278,26 @@ fn an_icmp_error_cannot_carry_other_data() {
             .frame(protocol::UDP, &question[header..]);
         programs.stays(&unreachable(&to, &piece), Reason::NoRule);
     }
+}
+
+#[test]
+fn every_open_flow_is_found_when_they_are_read_in_parts() {
+    let mut programs = Programs::new();
+    assert_eq!(programs.open_flows().0, HashSet::new());
+    // One that is not established, and one that is closed.
+    programs.leaves(&programs.to(server(1)).tcp(7, PORT, flag::SYN));
+    programs.leaves(&programs.to(server6(1)).tcp(7, PORT, flag::SYN));
+    programs.leaves(&programs.to(server6(1)).tcp(7, PORT, flag::RST));
+    let mut expected = HashSet::from([address(server(1))]);
+    let peers = (0..4000_u16).map(|number| {
+        let [high, low] = number.to_be_bytes();
+        from_v4([100, 64, high, low])
+    });
+    programs.has_open(peers.clone());
+    expected.extend(peers);
+    let (open, parts) = programs.open_flows();
+    assert_eq!(open, expected);
+    assert!(parts > 10, "{parts}");
 }
 
 #[test]

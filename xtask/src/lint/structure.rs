@@ -83,6 +83,7 @@ const UNSAFE: [&str; 14] = [
     "egress-common/src/dns/message.rs",
     "egress-common/src/records.rs",
     "egress-agent/src/datapath/inner.rs",
+    "egress-agent/src/datapath/open_flows.rs",
     "egress-agent/src/datapath/rings.rs",
     "egress-agent/src/datapath/take.rs",
     "egress-agent/src/gate/frame_sender/sending.rs",

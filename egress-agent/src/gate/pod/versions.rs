@@ -173,7 +173,7 @@ impl Pod {
         };
         let carried = change.carry.as_mut().map_or(Ok(true), |carry| {
             let (rules, now_ns) = (Arc::clone(&change.next.compiled), boottime_ns());
-            let before = &mut self.learned;
+            let before = &self.learned;
             carry.carry_part(before, &rules.names, &mut change.next, now_ns, PART)
         });
         let result = match carried {
