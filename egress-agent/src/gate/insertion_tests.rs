@@ -151,6 +151,67 @@ fn continued(table: &mut Table) -> Box<Insertion> {
 }
 
 #[test]
+fn a_response_of_thousands_of_addresses_is_complete_whatever_is_inserted_meanwhile() {
+    const CAPACITY: usize = 4096;
+    let (mut table, mut allow) = (Table::new(), fake(CAPACITY));
+    let name_of = |number: usize| name(&format!("n{number}.test"));
+    // The map is full, and each address has a name of its own, so that none is evicted before others. The response repeats
+    // some of them.
+    for (number, one) in many(0, CAPACITY).into_iter().enumerate() {
+        table
+            .learn(&mut allow, &name_of(number), grant(1), &[one], 0)
+            .unwrap();
+        if number % 64 == 0 {
+            allow.open.push(one.address);
+        }
+    }
+    let all = many(4000, 4000);
+    let others = many(9000, 1000);
+    let mut begun = insertion(&["big.test"], &all);
+    let (mut turns, mut noted) = (1, 0);
+    while !inserted(table.proceed(&mut allow, &mut begun, SECOND)) {
+        table.continue_later(begun, b"message", SECOND);
+        table.evict_more(&mut allow, SECOND).unwrap();
+        // What the programs have learned comes between the turns.
+        for _ in 0..2 {
+            let one = [others[noted % others.len()]];
+            let name = name_of(10_000 + noted);
+            // If it does not fit, it is not the response that suffers.
+            let _ = table.learn(&mut allow, &name, grant(1), &one, SECOND);
+            noted += 1;
+        }
+        begun = continued(&mut table);
+        turns += 1;
+        assert!(turns < 300, "it makes no progress");
+    }
+    for one in &all {
+        assert!(allow.entries.contains_key(&one.address));
+        assert!(table.has(&one.address, &name("big.test")));
+    }
+    assert!(allow.open.iter().all(|one| allow.entries.contains_key(one)));
+    assert_eq!(table.addresses.len(), allow.entries.len());
+}
+
+#[test]
+fn a_response_of_thousands_of_addresses_that_does_not_fit_beside_open_flows_fails() {
+    const CAPACITY: usize = 4096;
+    let (mut table, mut allow) = (Table::new(), fake(CAPACITY));
+    let mut old = insertion(&["old.test"], &many(0, CAPACITY));
+    turns(&mut table, &mut allow, &mut old);
+    allow.open = allow.entries.keys().copied().step_by(16).collect();
+    let mut begun = insertion(&["big.test"], &many(5000, 4000));
+    let result = loop {
+        if let Poll::Ready(result) = table.proceed(&mut allow, &mut begun, SECOND) {
+            break result;
+        }
+        table.evict_more(&mut allow, SECOND).unwrap();
+    };
+    assert!(matches!(result, Err(AllowError::Full)));
+    assert_eq!(table.addresses.len(), allow.entries.len());
+    assert!(allow.open.iter().all(|one| allow.entries.contains_key(one)));
+}
+
+#[test]
 fn a_batch_is_evicted_in_parts_and_without_what_is_used_again() {
     const CAPACITY: usize = 2048;
     let (mut table, mut allow) = (Table::new(), fake(CAPACITY));
