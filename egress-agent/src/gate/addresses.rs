@@ -34,6 +34,9 @@ struct Placed {
 pub(super) struct Place(u64);
 
 impl Place {
+    /// A place behind all that addresses ever have.
+    pub(super) const LAST: Self = Self(u64::MAX);
+
     /// The place behind this one.
     pub(super) const fn next(self) -> Self {
         Self(self.0 + 1)

@@ -66,6 +66,18 @@ pub(super) struct Room {
     /// The addresses of the response, which are not evicted for it; `None` until they are needed.
     pub(super) kept: Option<Positions>,
     search: Option<Box<Search>>,
+    /// Whether it must be made at once, and not in turns.
+    at_once: bool,
+}
+
+impl Room {
+    /// Room for a response that does not wait.
+    pub(super) fn at_once() -> Self {
+        Self {
+            at_once: true,
+            ..Self::default()
+        }
+    }
 }
 
 /// An address that may be evicted.
@@ -152,7 +164,8 @@ impl Chosen {
 struct Search {
     open: OpenFlows,
     has_open: bool,
-    /// The place of the address that is looked at next, and of the first that has been used since the search began.
+    /// The place of the address that is looked at next, and of the first that is not: it has been used since the search
+    /// began, or its response may not have been sent yet.
     next: Place,
     end: Place,
     /// Most addresses of each priority that are of use.
@@ -163,12 +176,12 @@ struct Search {
 
 impl Search {
     /// Begins a search for at least `wanted` addresses.
-    fn begin(addresses: &Addresses, wanted: usize, capacity: usize) -> Self {
+    fn begin(addresses: &Addresses, unsent: Place, wanted: usize, capacity: usize) -> Self {
         Self {
             open: OpenFlows::default(),
             has_open: false,
             next: Place::default(),
-            end: addresses.end(),
+            end: addresses.end().min(unsent),
             most: wanted.max(capacity / BATCH_PART),
             found: [const { Vec::new() }; 3],
         }
@@ -257,10 +270,14 @@ impl Table {
         let addresses = &mut self.addresses;
         let mut evicted = self.chosen.take(wanted, addresses, spared, allow, now_ns);
         if evicted.len() < wanted {
-            let mut search = room
-                .search
-                .take()
-                .unwrap_or_else(|| Box::new(Search::begin(addresses, wanted, allow.capacity())));
+            let mut search = room.search.take().unwrap_or_else(|| {
+                Box::new(Search::begin(
+                    addresses,
+                    self.unsent,
+                    wanted,
+                    allow.capacity(),
+                ))
+            });
             if search
                 .proceed(addresses, spared, allow, now_ns)?
                 .is_pending()
@@ -268,15 +285,16 @@ impl Table {
                 room.search = Some(search);
                 return Poll::Pending;
             }
+            let waits_for_send = self.has_queued && !room.at_once;
             let (chosen, is_all) = search.end(now_ns);
             let found = chosen.len();
             self.chosen = chosen;
             evicted = self.chosen.take(wanted, addresses, spared, allow, now_ns);
             if evicted.len() < wanted {
-                return if is_all && evicted.len() == found {
+                return if is_all && evicted.len() == found && !waits_for_send {
                     Poll::Ready(Err(AllowError::Full))
                 } else {
-                    // Some have been used again. Another search may find others.
+                    // Some have been used again, or wait for the next send. Another search may find others.
                     Poll::Pending
                 };
             }
@@ -285,6 +303,19 @@ impl Table {
             self.remove(allow, address)?;
         }
         Poll::Ready(Ok(()))
+    }
+
+    /// Begins a decision, or goes on with that on the present message. Addresses of responses that have not been sent yet are
+    /// not evicted for it: those in the queue of the frame sender, if it has any of the pod, and those of earlier responses
+    /// in the same message, which is a segment of DNS over TCP then.
+    pub(super) fn begin_decision(&mut self, goes_on: bool, has_queued: bool) {
+        if !goes_on {
+            self.message_from = self.addresses.end();
+        }
+        if !has_queued {
+            self.unsent = self.message_from;
+        }
+        self.has_queued = has_queued;
     }
 
     /// How many addresses must be evicted for those of a response.

@@ -161,6 +161,58 @@ fn an_insertion_fails_when_all_addresses_have_open_flows() {
 }
 
 #[test]
+fn an_address_stays_until_its_response_has_been_sent() {
+    let (mut table, mut allow) = (Table::new(), fake(4));
+    for number in 0..4 {
+        // The first response has been sent when the second is decided. The others wait in the queue.
+        table.begin_decision(false, number > 1);
+        use_again(&mut table, &mut allow, number, LATE);
+    }
+    let (new, mut room) = (
+        [numbered(5000, LATE), numbered(5001, LATE)],
+        Room::default(),
+    );
+    table.begin_decision(false, true);
+    for _ in 0..3 {
+        assert!(!turn(&mut table, &mut allow, &new, &mut room));
+        assert!((0..4).all(|number| has(&allow, number)));
+        table.begin_decision(true, true);
+    }
+    // What the programs have learned does not wait. It gets the place of the first, and nothing else.
+    use_again(&mut table, &mut allow, 6000, LATE);
+    let more = [numbered(6001, LATE)];
+    let refused = table.learn(&mut allow, &name("more.test"), grant(1), &more, NOW);
+    assert!(matches!(refused, Err(AllowError::Full)));
+    assert!(!has(&allow, 0) && (1..4).all(|number| has(&allow, number)));
+    table.begin_decision(true, false);
+    while !turn(&mut table, &mut allow, &new, &mut room) {}
+    assert!(
+        new.iter()
+            .all(|one| allow.entries.contains_key(&one.address))
+    );
+    assert!(!has(&allow, 1) && !has(&allow, 2) && has(&allow, 3));
+}
+
+#[test]
+fn the_responses_of_one_segment_do_not_evict_each_other() {
+    let (mut table, mut allow) = (Table::new(), fake(4));
+    use_again(&mut table, &mut allow, 0, LATE);
+    table.begin_decision(false, false);
+    for number in 1..4 {
+        use_again(&mut table, &mut allow, number, LATE);
+        table.begin_decision(true, false);
+    }
+    let mut learn = |last| {
+        let (mut name, all) = (Arc::new(name("new.test")), [numbered(last, LATE)]);
+        let all = (all.as_slice(), &mut Room::default());
+        table.insert(&mut allow, &mut name, grant(1), all.0, all, NOW)
+    };
+    assert!(matches!(learn(5000), Poll::Ready(Ok(()))));
+    assert!(matches!(learn(5001), Poll::Ready(Err(AllowError::Full))));
+    assert!((1..4).all(|number| has(&allow, number)) && has(&allow, 5000));
+}
+
+#[test]
 fn an_edit_during_the_choice_carries_every_address_over() {
     let (mut table, mut allow) = full(CAPACITY);
     let new = [numbered(5000, LATE)];

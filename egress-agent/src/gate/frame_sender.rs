@@ -218,6 +218,12 @@ impl FrameSender {
         self.decided
     }
 
+    /// Whether frames for this pod are in the queue.
+    pub(super) fn has_queued(&self, pod: PodId) -> bool {
+        let mut frames = self.frames.iter();
+        frames.any(|frame| frame.pod == Some(pod) && frame.mark == self.marks.deliver)
+    }
+
     fn add(&mut self, ifindex: IfIndex, pod: Option<PodId>, mark: u32, frame: &[u8]) -> &mut [u8] {
         let starts_at = self.bytes.len();
         self.bytes.extend_from_slice(frame);

@@ -15,7 +15,7 @@ use lru::LruCache;
 
 use super::{
     Enforcement,
-    addresses::Addresses,
+    addresses::{Addresses, Place},
     eviction::{Chosen, Room},
     insertion::Insertion,
     learned_address::Learned,
@@ -104,6 +104,12 @@ pub(super) struct Table {
     next_change_ns: u64,
     /// When the lifetimes were last compared with the clock.
     expired_ns: u64,
+    /// Addresses from this place on may be in responses that have not been sent yet.
+    pub(super) unsent: Place,
+    /// Whether such responses are in the queue of the frame sender.
+    pub(super) has_queued: bool,
+    /// The place behind the addresses when the decision on the present message began.
+    pub(super) message_from: Place,
     /// Addresses that were chosen to be evicted, and are still there.
     pub(super) chosen: Chosen,
     /// The response whose addresses are being inserted.
@@ -144,6 +150,9 @@ impl Table {
             protected: LruCache::unbounded(),
             next_change_ns: u64::MAX,
             expired_ns: 0,
+            unsent: Place::LAST,
+            has_queued: false,
+            message_from: Place::LAST,
             chosen: Chosen::default(),
             insertion: None,
             expired_kept: 0,
@@ -218,7 +227,7 @@ impl Table {
             return Ok(());
         }
         let mut name = Arc::new(name.clone());
-        let mut room = Room::default();
+        let mut room = Room::at_once();
         loop {
             let all = (answered, &mut room);
             let inserted = self.insert(allow, &mut name, grant, answered, all, now_ns);

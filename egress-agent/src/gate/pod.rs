@@ -79,6 +79,8 @@ pub(super) struct Pod {
     fragments: Fragments,
     /// A datagram whose fragments are all there, and whose addresses are being inserted.
     unfinished: Option<Box<Whole>>,
+    /// Whether the decision on the oldest message of the backlog has begun.
+    is_deciding: bool,
     /// Of the gate's time.
     share: Share,
     backlog: Backlog,

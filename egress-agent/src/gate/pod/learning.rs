@@ -25,8 +25,8 @@ use egress_common::{
 
 use super::{
     super::{
-        Enforcement, frame_sender::FrameSender, judge::DecisionContext, learned::AnswerAddress,
-        learned_address::given, pending::Exchange,
+        Enforcement, frame_sender::FrameSender, learned::AnswerAddress, learned_address::given,
+        pending::Exchange,
     },
     InterfaceMap, Pod, Shared, boottime_ns,
 };
@@ -242,7 +242,7 @@ impl Pod {
     }
 
     /// Adds to the table an address that the programs have learned.
-    pub(in super::super) fn note_learned(&mut self, note: &LearnedNote, context: &DecisionContext) {
+    pub(in super::super) fn note_learned(&mut self, note: &LearnedNote, shared: &Shared) {
         // A program has found the entry of its interface changed after it wrote this, and left the response to the
         // agent.
         if self.is_changing() {
@@ -258,7 +258,7 @@ impl Pod {
         let Some(name) = bytes.get(..len).and_then(Name::from_wire) else {
             return;
         };
-        if context.dns.is_protected(&note.addr) {
+        if shared.context.dns.is_protected(&note.addr) {
             self.learned.remember_protected(note.addr, &name);
             return;
         }
@@ -271,6 +271,7 @@ impl Pod {
                 .extended(note.addr, &name, note.expires_ns),
         };
         let grant = compiled.names.grant(&name);
+        self.begin_decision(&shared.frame_sender);
         let learned = self.learned.learn(
             &mut self.enforcement,
             &name,

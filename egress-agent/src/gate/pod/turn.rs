@@ -129,6 +129,14 @@ impl Pod {
         self.learned.is_evicting()
     }
 
+    /// See [`Table::begin_decision`].
+    ///
+    /// [`Table::begin_decision`]: super::super::learned::Table::begin_decision
+    pub(super) fn begin_decision(&mut self, frame_sender: &FrameSender) {
+        let has_queued = frame_sender.has_queued(self.enforcement.entry.pod());
+        self.learned.begin_decision(self.is_deciding, has_queued);
+    }
+
     /// Decides a message; see [`Pod::decide`]. The frames to be sent wait in the frame sender.
     fn process(
         &mut self,
@@ -144,8 +152,10 @@ impl Pod {
                 .again(held.head.ifindex, &as_sent(held.frame));
             return Poll::Ready(());
         }
+        self.begin_decision(&shared.frame_sender);
         let frames = shared.frame_sender.frames();
         let decided = self.decide(held, shared);
+        self.is_deciding = decided.is_pending();
         let is_message = held.head.taken != 0 && held.head.kind != HELD_REJECT;
         if is_message && shared.frame_sender.frames() > frames {
             sent.note(held.head.time_ns);

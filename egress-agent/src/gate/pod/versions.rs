@@ -81,6 +81,7 @@ impl Pod {
             streams: Streams::new(),
             fragments: Fragments::new(),
             unfinished: None,
+            is_deciding: false,
             share: Share::new(now_ns),
             backlog: Backlog::default(),
             tallies: Tallies::default(),

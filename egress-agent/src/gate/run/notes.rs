@@ -136,7 +136,7 @@ impl Runner {
             };
             taken += 1;
             if let Some(pod) = self.pods.get_mut(&note.pod) {
-                pod.note_learned(&note, &self.shared.context);
+                pod.note_learned(&note, &self.shared);
                 pod.spend(&mut self.turns);
             } else if self.reading_since_ns.is_none() {
                 self.notes.early.push(note);
