@@ -188,7 +188,7 @@ impl Runner {
         self.take_all_notes()?;
         // They stay until the pod is at the gate: an attempt to add it may fail.
         for note in self.notes.early.iter().filter(|note| note.pod == id) {
-            pod.note_learned(note, &self.shared.context);
+            pod.note_learned(note, &self.shared);
         }
         Ok(())
     }
