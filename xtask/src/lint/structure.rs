@@ -78,7 +78,7 @@ const ARROWS: [(&str, Uses, &str); 5] = [
 ];
 
 /// The files that may contain `unsafe`.
-const UNSAFE: [&str; 14] = [
+const UNSAFE: [&str; 15] = [
     "egress-ebpf/src/",
     "egress-common/src/dns/message.rs",
     "egress-common/src/records.rs",
