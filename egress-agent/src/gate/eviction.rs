@@ -319,7 +319,7 @@ impl Table {
     }
 
     /// How many addresses must be evicted for those of a response.
-    fn wanted_for(&self, part: &[AnswerAddress], capacity: usize) -> usize {
+    pub(super) fn wanted_for(&self, part: &[AnswerAddress], capacity: usize) -> usize {
         if self.addresses.len() + part.len() <= capacity {
             return 0;
         }

@@ -26,6 +26,9 @@ use crate::datapath::{AllowError, Kept, NamesError, OpenFlows};
 use egress_dns::Name;
 use egress_policy::{Grant, NameRules};
 
+/// How long no room is searched after there was none, for addresses that do not wait.
+const FULL_NS: u64 = 100_000_000;
+
 /// Most names without an entry that are remembered for one pod, and most addresses of each of them.
 const UNLISTED_NAMES: usize = 256;
 const UNLISTED_ADDRESSES: usize = 16;
@@ -110,6 +113,8 @@ pub(super) struct Table {
     pub(super) has_queued: bool,
     /// The place behind the addresses when the decision on the present message began.
     pub(super) message_from: Place,
+    /// Until when no room is searched for addresses that do not wait: there was none.
+    full_until_ns: u64,
     /// Addresses that were chosen to be evicted, and are still there.
     pub(super) chosen: Chosen,
     /// The response whose addresses are being inserted.
@@ -152,7 +157,9 @@ impl Table {
             expired_ns: 0,
             unsent: Place::LAST,
             has_queued: false,
-            message_from: Place::LAST,
+            // If a decision goes on with this table, the earlier one had the addresses of its responses.
+            message_from: Place::default(),
+            full_until_ns: 0,
             chosen: Chosen::default(),
             insertion: None,
             expired_kept: 0,
@@ -210,7 +217,8 @@ impl Table {
     /// # Errors
     ///
     /// [`AllowError::Full`] when they do not fit, even after an eviction of expired and least recently used
-    /// addresses without open flows; otherwise the kernel's error.
+    /// addresses without open flows. Then it is not tried again for 100 ms, because the search takes as long as a hundred
+    /// messages. Otherwise the kernel's error.
     pub(super) fn learn(
         &mut self,
         allow: &mut impl Entries,
@@ -226,15 +234,22 @@ impl Table {
             self.remember_unlisted(name, answered);
             return Ok(());
         }
+        if now_ns < self.full_until_ns && self.wanted_for(answered, allow.capacity()) > 0 {
+            return Err(AllowError::Full);
+        }
         let mut name = Arc::new(name.clone());
         let mut room = Room::at_once();
-        loop {
+        let inserted = loop {
             let all = (answered, &mut room);
             let inserted = self.insert(allow, &mut name, grant, answered, all, now_ns);
             if let Poll::Ready(result) = inserted {
-                return result;
+                break result;
             }
+        };
+        if let Err(AllowError::Full) = inserted {
+            self.full_until_ns = now_ns.saturating_add(FULL_NS);
         }
+        inserted
     }
 
     /// Inserts a `part` of the addresses of a response, like [`Self::learn`]. `all` are all of them, none of which is

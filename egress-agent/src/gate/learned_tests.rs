@@ -220,7 +220,12 @@ fn an_address_with_an_open_flow_is_never_evicted() {
     assert!(matches!(refused, Err(AllowError::Full)));
     assert_eq!(left(&allow), [1, 2, 4], "a failed insertion evicts nothing");
     allow.open.clear();
-    learn(&mut allow, &[answered(5, 100), answered(6, 100)], 50).unwrap();
+    let refused = learn(&mut allow, &[answered(5, 100), answered(6, 100)], 50);
+    assert!(
+        matches!(refused, Err(AllowError::Full)),
+        "too early to search again"
+    );
+    learn(&mut allow, &[answered(5, 100), answered(6, 100)], 51).unwrap();
     assert_eq!(left(&allow), [4, 5, 6]);
 }
 
