@@ -45,7 +45,9 @@ impl Reconciler {
         let neighbours = applier.protect_neighbours(machine, &observed);
         let outcome = Box::pin(applier.apply(&plan, machine)).await;
         let leftovers = applier.clean_up(&plan, settings, observed.in_cluster).await;
-        let translations = applier.end_translations(settings).await;
+        let translations = applier
+            .judge_translations(settings, &observer.policies)
+            .await;
         observer.unjudged.judge(&outcome.judged);
         observer.unjudged.leave(&outcome.unjudged);
         if !source.unreadable {

@@ -29,9 +29,7 @@ impl Reconciler {
         settings.facts.clone_from(facts);
         settings.inherited = inherited;
         let now = Instant::now();
-        settings
-            .losses
-            .take(&source.services, &settings.places, now);
+        settings.take_services(&source.services, now);
         let next = settings.with(&settings.configured);
         let claims = settings.claims_on(&next, now);
         let is_claimed_alike = claims == settings.claims;

@@ -13,7 +13,7 @@ use crate::{
 };
 use egress_policy::{
     Resolver,
-    services::{Claim, Losses, Places, ServiceName},
+    services::{Claim, Losses, Places, ServiceName, Services},
 };
 
 /// The settings that are in force.
@@ -28,6 +28,8 @@ pub(super) struct Settings {
     pub(super) losses: Losses,
     /// Resolvers that are not trusted, because a Service claims their address or has done so lately.
     pub(super) claims: Claims,
+    /// Claims that no snapshot has: they have ended already.
+    passed: Claims,
     /// Claims that have ended and still count.
     ended: BTreeMap<Resolver, Ended>,
     /// Whether the claims in force are not the present ones, because these could not be put in force.
@@ -47,13 +49,6 @@ struct Ended {
     is_over: bool,
 }
 
-/// Services that have lost something a minute ago, and resolvers whose claims have ended then.
-#[derive(Debug, Default)]
-pub(super) struct Over {
-    pub(super) services: Vec<Arc<ServiceName>>,
-    pub(super) resolvers: Vec<Resolver>,
-}
-
 /// Claimed resolvers.
 pub(super) type Claims = BTreeMap<Resolver, Claim>;
 
@@ -62,22 +57,42 @@ pub(super) type Claims = BTreeMap<Resolver, Claim>;
 const CLAIMED_FOR: Duration = Duration::from_secs(60);
 
 impl Settings {
-    /// The settings that the agent starts with.
-    pub(super) fn new(configured: Config, first: &Snapshot, inherited: Inherited) -> Self {
-        let (facts, services) = (first.facts.clone(), Arc::clone(&first.services));
+    /// The settings that the agent starts with. `earlier` are the Services that an earlier agent has judged by: what these
+    /// have lost since then counts as lost now.
+    pub(super) fn new(
+        configured: Config,
+        first: &Snapshot,
+        inherited: Inherited,
+        earlier: Arc<Services>,
+    ) -> Self {
+        let (facts, services) = (first.facts.clone(), &first.services);
         let config = ranges::with_facts(&configured, &facts, &inherited);
+        let mut claims = earlier.claims(&config.dns.resolvers);
+        claims.extend(services.claims(&config.dns.resolvers));
+        let mut losses = Losses::new(earlier);
+        losses.take(services, &config.places(), Instant::now());
         Self {
             ranges: RangesVersion::first(&config),
             places: Arc::new(config.places()),
             configured,
             facts,
             inherited,
-            claims: services.claims(&config.dns.resolvers),
+            claims,
+            passed: Claims::new(),
             ended: BTreeMap::new(),
-            are_claims_late: false,
-            losses: Losses::new(services),
+            // Some may have ended since then.
+            are_claims_late: true,
+            losses,
             config,
         }
+    }
+
+    /// Takes the Services that the cluster reports.
+    pub(super) fn take_services(&mut self, services: &Arc<Services>, now: Instant) {
+        if !Arc::ptr_eq(self.losses.present(), services) {
+            self.passed = services.passed_claims(&self.config.dns.resolvers);
+        }
+        self.losses.take(services, &self.places, now);
     }
 
     /// The same with another configuration of the operator.
@@ -91,7 +106,9 @@ impl Settings {
         self.ended.retain(|resolver, _| {
             !claims.contains_key(resolver) && config.dns.resolvers.contains(resolver)
         });
-        for (resolver, claim) in &self.claims {
+        let mut before = self.claims.clone();
+        before.extend(std::mem::take(&mut self.passed));
+        for (resolver, claim) in &before {
             if claims.contains_key(resolver) || !config.dns.resolvers.contains(resolver) {
                 continue;
             }
@@ -108,22 +125,21 @@ impl Settings {
         claims
     }
 
-    /// What has ended so long ago that it need not count any more, once the node has forgotten its translations.
-    pub(super) fn over(&self, now: Instant) -> Over {
+    /// The resolvers whose claims ended so long ago that they need not count any more.
+    pub(super) fn unclaimed(&self, now: Instant) -> Vec<Resolver> {
         let is_over = |(_, ended): &(&Resolver, &Ended)| {
             !ended.is_over && now.duration_since(ended.since) >= CLAIMED_FOR
         };
         let resolvers = self.ended.iter().filter(is_over);
-        Over {
-            services: self.losses.due(now),
-            resolvers: resolvers.map(|(resolver, _)| *resolver).collect(),
-        }
+        resolvers.map(|(resolver, _)| *resolver).collect()
     }
 
-    /// Lets these count no more.
-    pub(super) fn forget(&mut self, over: &Over, now: Instant) {
-        self.losses.forget(&over.services, now);
-        for resolver in &over.resolvers {
+    /// Lets nothing count any more that was lost or claimed, and is not so any more for long enough at this time.
+    pub(super) fn forget(&mut self, unclaimed: &[Resolver], now: Instant) {
+        if self.losses.are_due(now) {
+            self.losses.forget(now);
+        }
+        for resolver in unclaimed {
             if let Some(ended) = self.ended.get_mut(resolver) {
                 ended.is_over = true;
             }
@@ -143,7 +159,7 @@ impl Settings {
 
 #[cfg(test)]
 mod tests {
-    use egress_policy::services::{Service, ServicePort, Services, Transport};
+    use egress_policy::services::{Service, ServicePort, Transport};
 
     use super::*;
 
@@ -177,7 +193,8 @@ mod tests {
         let text = "dns: {resolvers: [10.0.0.53]}\nnode: n1\n";
         let config = Config::from_yaml(text).expect("a configuration");
         let first = snapshot(claiming());
-        let mut settings = Settings::new(config.clone(), &first, Inherited::default());
+        let mut settings =
+            Settings::new(config.clone(), &first, Inherited::default(), Arc::default());
         let resolver = config.dns.resolvers[0];
         assert!(settings.claims.contains_key(&resolver));
 
@@ -185,27 +202,64 @@ mod tests {
         let at = |seconds| began + Duration::from_secs(seconds);
         let none: Arc<Services> = Arc::default();
         let take = |settings: &mut Settings, services: &Arc<Services>| {
-            let places = Arc::clone(&settings.places);
-            settings.losses.take(services, &places, began);
+            settings.take_services(services, began);
         };
         take(&mut settings, &none);
         assert!(settings.claims_on(&config, at(0)).contains_key(&resolver));
         assert!(settings.has_ended_claims());
-        assert_eq!(settings.over(at(59)).resolvers, []);
+        assert_eq!(settings.unclaimed(at(59)), []);
         // Another claim ends later.
         take(&mut settings, &Arc::new(claiming()));
         settings.claims_on(&config, at(59));
         assert!(!settings.has_ended_claims());
         take(&mut settings, &none);
         assert!(settings.claims_on(&config, at(60)).contains_key(&resolver));
-        assert_eq!(settings.over(at(119)).resolvers, []);
-        let over = settings.over(at(120));
-        assert_eq!(over.resolvers, [resolver]);
+        assert_eq!(settings.unclaimed(at(119)), []);
+        assert_eq!(settings.unclaimed(at(120)), [resolver]);
         // It counts until the node has forgotten what it translates.
         assert!(settings.claims_on(&config, at(120)).contains_key(&resolver));
-        settings.forget(&over, at(120));
+        settings.forget(&[resolver], at(120));
         settings.claims = settings.claims_on(&config, at(120));
         assert_eq!(settings.claims, Claims::new());
         assert!(!settings.has_ended_claims());
+    }
+
+    #[test]
+    fn a_claim_that_no_snapshot_has_counts_for_a_minute() {
+        let text = "dns: {resolvers: [10.0.0.53]}\nnode: n1\n";
+        let config = Config::from_yaml(text).expect("a configuration");
+        let first = Snapshot::default();
+        let inherited = Inherited::default();
+        let mut settings = Settings::new(config.clone(), &first, inherited, Arc::default());
+        let resolver = config.dns.resolvers[0];
+        assert_eq!(settings.claims, Claims::new());
+
+        let began = Instant::now();
+        let mut services = Services::default();
+        services.note_passed(claiming().all().cloned().collect());
+        let services = Arc::new(services);
+        settings.take_services(&services, began);
+        settings.claims = settings.claims_on(&config, began);
+        assert!(settings.claims.contains_key(&resolver));
+        let later = began + CLAIMED_FOR;
+        settings.take_services(&services, later);
+        assert_eq!(settings.unclaimed(later), [resolver]);
+        settings.forget(&[resolver], later);
+        assert_eq!(settings.claims_on(&config, later), Claims::new());
+    }
+
+    #[test]
+    fn what_services_have_lost_since_an_earlier_agent_counts() {
+        let text = "dns: {resolvers: [10.0.0.53]}\nnode: n1\n";
+        let config = Config::from_yaml(text).expect("a configuration");
+        let earlier = Arc::new(claiming());
+        let first = Snapshot::default();
+        let mut settings = Settings::new(config.clone(), &first, Inherited::default(), earlier);
+        let resolver = config.dns.resolvers[0];
+        assert!(settings.are_claims_late);
+        let now = Instant::now();
+        assert!(settings.claims_on(&config, now).contains_key(&resolver));
+        assert_eq!(settings.unclaimed(now + CLAIMED_FOR), [resolver]);
+        assert!(settings.losses.are_due(now + CLAIMED_FOR));
     }
 }

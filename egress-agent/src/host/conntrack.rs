@@ -11,6 +11,7 @@
 //! entry that a SYN created. The setting `nf_conntrack_tcp_be_liberal` does not set the flag.
 
 use std::{
+    collections::BTreeSet,
     io,
     net::{IpAddr, SocketAddr},
     path::Path,
@@ -115,8 +116,8 @@ impl Conntrack {
     }
 }
 
-/// A connection whose addresses the node translates.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Connections whose destination the node translates alike. They differ in the source's port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Translated {
     /// The protocol's number.
     pub protocol: u8,
@@ -124,42 +125,68 @@ pub struct Translated {
     pub from: IpAddr,
     /// Their destination before the translation.
     pub to: SocketAddr,
+    /// Their destination after it.
+    pub endpoint: SocketAddr,
 }
 
-/// Makes the node forget the translated connections that are `chosen`: their next packets are translated as new ones are.
-/// Returns how many there were. Works on the network namespace of the thread, and takes as long as the kernel needs to list
-/// all connections.
+/// The connections from `chosen` sources whose destination the node translates. Works on the network namespace of the
+/// thread, and takes as long as the kernel needs to list all connections.
 ///
 /// # Errors
 ///
 /// When the kernel does not answer: it has no `CONFIG_NF_CT_NETLINK`, or `CAP_NET_ADMIN` is missing.
-pub fn forget_translated(chosen: impl Fn(&Translated) -> bool) -> io::Result<usize> {
-    let done = Transport::open(NETLINK_NETFILTER).and_then(|mut kernel| {
-        let mut requests = Vec::new();
+pub fn translated(chosen: impl Fn(IpAddr) -> bool) -> io::Result<BTreeSet<Translated>> {
+    let mut found = BTreeSet::new();
+    list_translated(|translated, _| {
+        if chosen(translated.from) {
+            found.insert(translated);
+        }
+        Ok(())
+    })?;
+    Ok(found)
+}
+
+/// Makes the node forget these connections: their next packets are translated as those of new ones are. Returns how many
+/// there were.
+///
+/// # Errors
+///
+/// As for [`translated`].
+pub fn forget_translated(denied: &BTreeSet<Translated>) -> io::Result<usize> {
+    let mut requests = Vec::new();
+    list_translated(|translated, entry| {
+        if denied.contains(&translated) {
+            requests.push(deletion(entry)?);
+        }
+        Ok(())
+    })?;
+    let mut kernel = Transport::open(NETLINK_NETFILTER)?;
+    for request in &requests {
+        match kernel.exchange(DELETE, NLM_F_ACK, request, |_| Ok(())) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            done => drop(done?),
+        }
+    }
+    Ok(requests.len())
+}
+
+/// Calls `each` for every connection whose destination the node translates, at least once, with its entry.
+fn list_translated(mut each: impl FnMut(Translated, &[u8]) -> io::Result<()>) -> io::Result<()> {
+    let listed = Transport::open(NETLINK_NETFILTER).and_then(|mut kernel| {
         for _ in 0..ATTEMPTS {
-            requests.clear();
             let is_whole = kernel.exchange(GET, NLM_F_DUMP, &[0; HEADER], |body| {
-                if read_translated(body)?.is_some_and(|translated| chosen(&translated)) {
-                    requests.push(deletion(body)?);
-                }
-                Ok(())
+                read_translated(body)?.map_or(Ok(()), |translated| each(translated, body))
             })?;
             if is_whole {
                 break;
             }
         }
-        for request in &requests {
-            match kernel.exchange(DELETE, NLM_F_ACK, request, |_| Ok(())) {
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
-                done => drop(done?),
-            }
-        }
-        Ok(requests.len())
+        Ok(())
     });
-    match done {
+    match listed {
         // Without connection tracking the node translates nothing in this way.
-        Err(_) if !Path::new(LIMIT).exists() => Ok(0),
-        done => done,
+        Err(_) if !Path::new(LIMIT).exists() => Ok(()),
+        listed => listed,
     }
 }
 
@@ -183,6 +210,7 @@ fn read_translated(body: &[u8]) -> io::Result<Option<Translated>> {
         protocol,
         from: from.ip(),
         to,
+        endpoint,
     }))
 }
 
@@ -407,14 +435,16 @@ mod tests {
             ["10.1.1.2:40000", "10.96.0.7:80", "203.0.113.9:80"].map(|text| text.parse().unwrap());
         let read = |replies| read_translated(&listed((pod, service), (replies, pod))).unwrap();
         assert_eq!(read(service), None);
-        let translated = Translated {
-            protocol: TCP,
-            from: pod.ip(),
-            to: service,
-        };
-        assert_eq!(read(endpoint), Some(translated));
         let other_port = SocketAddr::new(service.ip(), 8080);
-        assert_eq!(read(other_port), Some(translated));
+        for endpoint in [endpoint, other_port] {
+            let translated = Translated {
+                protocol: TCP,
+                from: pod.ip(),
+                to: service,
+                endpoint,
+            };
+            assert_eq!(read(endpoint), Some(translated));
+        }
     }
 
     #[test]

@@ -42,7 +42,7 @@ use std::{
 };
 
 use cgroup::{Cgroups, Members};
-pub use conntrack::{Translated, forget_translated};
+pub use conntrack::{Translated, forget_translated, translated};
 use egress_common::ids::IfIndex;
 pub use exits::{Exit, ExitFinder, Exits, LeadsTo};
 pub use hardware::{HardwareAddress, gateways};

@@ -234,7 +234,6 @@ impl Compiled {
         }
         let closed = Self {
             mode: self.mode,
-            services: added.into(),
             ..unreadable_tiers(settings)
         };
         (
@@ -289,12 +288,6 @@ impl Compiled {
             deciding: deciding(&classes, &tiers, &allow, &deny),
             ..self.clone()
         })
-    }
-
-    /// Whether packets to this Service are denied because of an endpoint.
-    pub fn denies_service(&self, name: &ServiceName) -> bool {
-        let mut denials = self.services.iter().filter(|added| added.is_denial);
-        denials.any(|added| *added.about.service == *name)
     }
 
     /// The Service because of which this entry denies packets to an address, and the endpoint that decides.

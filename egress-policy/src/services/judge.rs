@@ -28,15 +28,11 @@ use crate::{
     prefix::{self, Prefix, to_mapped},
 };
 
-/// Most different ports that a policy opens because of the endpoints behind them. The author of a Service chooses its
-/// ports, but must not decide how many classes a policy has.
-const OPENED_PORTS: usize = 16;
-
 /// The Services of a cluster, and the kinds of addresses on this node.
 #[derive(Debug, Default)]
 pub struct Known {
-    services: Arc<Services>,
-    places: Arc<Places>,
+    pub(super) services: Arc<Services>,
+    pub(super) places: Arc<Places>,
     /// The Services with an endpoint that may be denied without a rule.
     suspects: BTreeSet<Arc<ServiceName>>,
 }
@@ -89,6 +85,11 @@ impl Known {
             Again::These(none) if none.is_empty() => None,
             again => Some(again),
         }
+    }
+
+    /// Whether there are no Services.
+    pub fn are_none(&self) -> bool {
+        self.services.is_empty()
     }
 
     /// These of the Services, with what they have lost lately as if it were still there.
@@ -152,38 +153,9 @@ impl Known {
     }
 }
 
-/// All rules that a policy needs. Of the ports that it opens only as many count as it may have: first one of each
-/// namespace, then a second of each, and so on.
-pub fn needed(by_service: &ByService) -> Vec<Added> {
-    let all = || by_service.values().flatten();
-    let mut uses: BTreeMap<&str, HashMap<(Place, PortClass), usize>> = BTreeMap::new();
-    for one in all().filter(|one| !one.is_denial) {
-        let of_namespace = uses.entry(one.namespace()).or_default();
-        *of_namespace.entry((one.place, one.class)).or_default() += 1;
-    }
-    let mut ranked = Vec::new();
-    for uses in uses.into_values() {
-        let mut most: Vec<_> = uses.into_iter().collect();
-        most.sort_by_key(|(port, uses)| (std::cmp::Reverse(*uses), *port));
-        let most = most.into_iter().take(OPENED_PORTS);
-        ranked.extend((0_usize..).zip(most.map(|(port, _)| port)));
-    }
-    ranked.sort_unstable();
-    let mut opened: BTreeSet<(Place, PortClass)> = BTreeSet::new();
-    for (_, port) in ranked {
-        if opened.len() < OPENED_PORTS {
-            opened.insert(port);
-        }
-    }
-    all()
-        .filter(|one| one.is_denial || opened.contains(&(one.place, one.class)))
-        .cloned()
-        .collect()
-}
-
 /// Judges the endpoints of Services under one policy.
-struct Judge<'a> {
-    policy: &'a Compiled,
+pub(super) struct Judge<'a> {
+    pub(super) policy: &'a Compiled,
     known: &'a Known,
     cidrs: Trie<ClassSet>,
     /// The classes of entries with exactly an address.
@@ -191,7 +163,7 @@ struct Judge<'a> {
 }
 
 /// The policy's classes for packets to a Service's address and port, without its endpoints.
-struct Seen {
+pub(super) struct Seen {
     /// The address, if it is one.
     address: Option<Address>,
     /// The classes that they certainly have.
@@ -199,13 +171,13 @@ struct Seen {
     /// Those that they may have, without those of entries with exactly the address.
     wide: ClassSet,
     /// Those of entries with exactly the address.
-    exact: ClassSet,
+    pub(super) exact: ClassSet,
     is_internal: bool,
     port: u16,
 }
 
 /// A rule that a port needs.
-struct Needed {
+pub(super) struct Needed {
     place: Place,
     is_denial: bool,
     /// The entry that decides about the endpoint, if one does.
@@ -217,7 +189,7 @@ struct Needed {
 type Denial = Option<u8>;
 
 impl<'a> Judge<'a> {
-    fn new(policy: &'a Compiled, known: &'a Known) -> Self {
+    pub(super) fn new(policy: &'a Compiled, known: &'a Known) -> Self {
         let mut hosts: HashMap<Address, ClassSet> = HashMap::new();
         for entry in &policy.deciding {
             if let To::Addresses(prefix) = entry.destination
@@ -265,7 +237,6 @@ impl<'a> Judge<'a> {
 
     fn cluster_ip(&self, service: &Whole, cluster: ClusterIp, added: &mut Vec<Added>) {
         let ClusterIp { ip, is_lost } = cluster;
-        let address = to_mapped(ip);
         let mut needed: Vec<(Route, Needed)> = Vec::new();
         let mut ports = 0_usize;
         for port in &service.ports {
@@ -279,7 +250,7 @@ impl<'a> Judge<'a> {
                 transport, port, ..
             } = route;
             // The gate decides about queries to resolvers.
-            if self.known.places.is_resolver(&address, transport, port) {
+            if self.is_resolver(SocketAddr::new(ip, port), transport) {
                 continue;
             }
             let seen = self.seen_at(ip, (transport, port));
@@ -319,18 +290,10 @@ impl<'a> Judge<'a> {
         (port, node_port): (&WholePort, u16),
         added: &mut Vec<Added>,
     ) {
-        let Known {
-            services, places, ..
-        } = self.known;
-        let all = places.with_node_ports.iter().chain(&services.nodes);
         for is_v4 in [true, false] {
             let endpoints = port.of_family(is_v4);
             let transport = port.route.transport;
-            let nodes: Vec<Prefix> = all
-                .clone()
-                .copied()
-                .filter(|of| of.is_v4() == is_v4)
-                .collect();
+            let nodes = self.nodes(is_v4);
             if endpoints.is_empty() || nodes.is_empty() {
                 continue;
             }
@@ -343,11 +306,26 @@ impl<'a> Judge<'a> {
         }
     }
 
-    fn destination(&self, ip: IpAddr, at: (Transport, u16)) -> Destination {
+    /// Whether packets to this address and port are queries to a resolver.
+    pub(super) fn is_resolver(&self, at: SocketAddr, transport: Transport) -> bool {
+        let places = &self.known.places;
+        places.is_resolver(&to_mapped(at.ip()), transport, at.port())
+    }
+
+    /// Where Services have node ports.
+    fn nodes(&self, is_v4: bool) -> Vec<Prefix> {
+        let Known {
+            services, places, ..
+        } = self.known;
+        let all = places.with_node_ports.iter().chain(&services.nodes);
+        all.copied().filter(|of| of.is_v4() == is_v4).collect()
+    }
+
+    pub(super) fn destination(&self, ip: IpAddr, at: (Transport, u16)) -> Destination {
         self.destination_in(self.known.places.range(ip), ip, at)
     }
 
-    fn endpoint(&self, endpoint: &Endpoint, transport: Transport) -> Destination {
+    pub(super) fn endpoint(&self, endpoint: &Endpoint, transport: Transport) -> Destination {
         let Endpoint { at, .. } = endpoint;
         let range = self.known.places.range_of(endpoint);
         self.destination_in(range, at.ip(), (transport, at.port()))
@@ -360,7 +338,7 @@ impl<'a> Judge<'a> {
     }
 
     /// The policy's classes for an address of the Service.
-    fn seen_at(&self, ip: IpAddr, (transport, port): (Transport, u16)) -> Seen {
+    pub(super) fn seen_at(&self, ip: IpAddr, (transport, port): (Transport, u16)) -> Seen {
         let address = to_mapped(ip);
         let record = &self.policy.record;
         let destination = self.destination(ip, (transport, port));
@@ -382,7 +360,7 @@ impl<'a> Judge<'a> {
 
     /// The policy's classes for an external address of the Service. Who writes the Service chooses it: entries with the
     /// address, and names that lead there, may be about the host outside that has it.
-    fn seen_at_external(&self, ip: IpAddr, (transport, port): (Transport, u16)) -> Seen {
+    pub(super) fn seen_at_external(&self, ip: IpAddr, (transport, port): (Transport, u16)) -> Seen {
         let record = &self.policy.record;
         let matching = record.ports.matching(transport.bit(), port);
         let seen = self.seen_at(ip, (transport, port));
@@ -391,6 +369,11 @@ impl<'a> Judge<'a> {
             exact: ClassSet::EMPTY,
             ..seen
         }
+    }
+
+    /// The policy's classes for a port of the nodes.
+    pub(super) fn seen_at_nodes(&self, is_v4: bool, at: (Transport, u16)) -> Seen {
+        self.seen_within(&self.nodes(is_v4), at)
     }
 
     /// The policy's classes for a port of these nodes.
@@ -418,7 +401,12 @@ impl<'a> Judge<'a> {
     }
 
     /// The rule that denies a port of a Service because of an endpoint.
-    fn denial(&self, seen: &Seen, transport: Transport, endpoints: &[Endpoint]) -> Option<Needed> {
+    pub(super) fn denial(
+        &self,
+        seen: &Seen,
+        transport: Transport,
+        endpoints: &[Endpoint],
+    ) -> Option<Needed> {
         let denied = endpoints.iter().filter_map(|endpoint| {
             let denial = self.denial_of(seen, transport, endpoint)?;
             Some((endpoint, denial))

@@ -12,12 +12,15 @@ use std::{
 
 use egress_common::records::Range;
 
-use super::{Places, Service, ServiceName, Services, Transport, whole::Route};
-use crate::Resolver;
+use super::{Places, Service, ServiceName, Services, whole::Route};
 
 /// How long a lost part counts at least. A node needs some seconds to follow (kube-proxy tries again after 30 seconds,
 /// `--iptables-sync-period`).
 const LASTS: Duration = Duration::from_secs(60);
+
+/// Most lost parts that count for one Service. Those that were lost first are forgotten first: a node has followed them
+/// first, too.
+const MOST: usize = 512;
 
 /// A part of a Service that it can lose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -57,30 +60,18 @@ fn parts(service: &Service) -> BTreeSet<Part> {
     cluster.chain(external).chain(endpoints).collect()
 }
 
-/// Where packets to a Service arrive.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Addresses {
-    ips: BTreeSet<IpAddr>,
-    ports: BTreeSet<(Transport, u16)>,
-    node_ports: BTreeSet<(Transport, u16)>,
-}
-
-impl Addresses {
-    /// Those of a resolver.
-    pub fn of_resolver(resolver: &Resolver) -> Self {
-        let Resolver { address, port } = *resolver;
-        let transports = [Transport::Udp, Transport::Tcp];
-        Self {
-            ips: [address].into(),
-            ports: transports.map(|transport| (transport, port)).into(),
-            node_ports: BTreeSet::new(),
+/// Forgets the parts that were lost first, if there are too many.
+fn forget_first(lost: &mut BTreeMap<Part, (Instant, Range)>) {
+    let surplus = lost.len().saturating_sub(MOST);
+    if surplus > 0 {
+        let mut since: Vec<(Instant, Part)> = lost
+            .iter()
+            .map(|(part, (since, _))| (*since, *part))
+            .collect();
+        since.sort_unstable();
+        for (_, part) in since.into_iter().take(surplus) {
+            lost.remove(&part);
         }
-    }
-
-    /// Whether this address and port are the Service's. A node port is at any address.
-    pub fn contain(&self, transport: Transport, at: SocketAddr) -> bool {
-        let port = (transport, at.port());
-        self.node_ports.contains(&port) || self.ports.contains(&port) && self.ips.contains(&at.ip())
     }
 }
 
@@ -118,20 +109,31 @@ impl Losses {
         if Arc::ptr_eq(&self.present, services) {
             return;
         }
+        let mut before: BTreeMap<Arc<ServiceName>, BTreeSet<Part>> = BTreeMap::new();
         for name in services.changed(&self.present) {
-            let of = |services: &Services| services.get(&name).map(|service| parts(service));
-            let after = of(services).unwrap_or_default();
+            let service = self.present.get(&name);
+            let parts = service.map(|service| parts(service)).unwrap_or_default();
+            before.insert(name, parts);
+        }
+        for service in &services.passed {
+            let known = before.entry(Arc::clone(&service.name)).or_default();
+            known.extend(parts(service));
+        }
+        for (name, before) in before {
+            let service = services.get(&name);
+            let after = service.map(|service| parts(service)).unwrap_or_default();
             let lost = self.lost.entry(Arc::clone(&name)).or_default();
-            for part in of(&self.present).unwrap_or_default() {
+            for part in before {
                 if !after.contains(&part) {
                     let range = match part {
                         Part::Cluster(_) | Part::External(_) => Range::default(),
                         Part::Endpoint(_, endpoint) => places.range(endpoint.ip()),
                     };
-                    lost.insert(part, (now, range));
+                    lost.entry(part).or_insert((now, range));
                 }
             }
             lost.retain(|part, _| !after.contains(part));
+            forget_first(lost);
             if lost.is_empty() {
                 self.lost.remove(&name);
             }
@@ -140,48 +142,18 @@ impl Losses {
         self.renew();
     }
 
-    /// The Services of which something has been lost for so long that it may be forgotten.
-    pub fn due(&self, now: Instant) -> Vec<Arc<ServiceName>> {
-        let is_due = |(since, _): &(Instant, Range)| now.duration_since(*since) >= LASTS;
-        let lost = self.lost.iter();
-        lost.filter(|(_, parts)| parts.values().any(is_due))
-            .map(|(name, _)| Arc::clone(name))
-            .collect()
+    /// Whether something has been lost for so long that it may be forgotten.
+    pub fn are_due(&self, now: Instant) -> bool {
+        let mut all = self.lost.values().flat_map(BTreeMap::values);
+        all.any(|(since, _)| now.duration_since(*since) >= LASTS)
     }
 
-    /// Where packets arrive that a node translates for this Service, or has translated lately.
-    pub fn addresses(&self, name: &ServiceName) -> Addresses {
-        let mut addresses = Addresses::default();
-        if let Some(service) = self.with_lost.whole(name) {
-            addresses
-                .ips
-                .extend(service.cluster.iter().map(|cluster| cluster.ip));
-            addresses.ips.extend(&service.external);
-            for port in &service.ports {
-                let Route {
-                    transport,
-                    port,
-                    node_port,
-                } = port.route;
-                addresses.ports.insert((transport, port));
-                addresses
-                    .node_ports
-                    .extend(node_port.map(|port| (transport, port)));
-            }
-        }
-        addresses
-    }
-
-    /// Forgets what these Services have lost and that is [due](Self::due).
-    pub fn forget(&mut self, names: &[Arc<ServiceName>], now: Instant) {
-        for name in names {
-            if let Some(lost) = self.lost.get_mut(name) {
-                lost.retain(|_, (since, _)| now.duration_since(*since) < LASTS);
-                if lost.is_empty() {
-                    self.lost.remove(name);
-                }
-            }
-        }
+    /// Forgets what has been lost for long enough at this time.
+    pub fn forget(&mut self, now: Instant) {
+        self.lost.retain(|_, lost| {
+            lost.retain(|_, (since, _)| now.duration_since(*since) < LASTS);
+            !lost.is_empty()
+        });
         self.renew();
     }
 

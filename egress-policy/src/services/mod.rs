@@ -21,7 +21,9 @@
 //! | `candidates` | which Services a policy may be about |
 //! | [`judge`] | what the policy says of their endpoints |
 //! | [`added`] | the rules that follow |
+//! | `needed` | which of them a policy gets |
 //! | `coarse` | what stands for them if they are too many |
+//! | [`led`] | connections that a node translates |
 //! | [`lost`] | what Services have lost within the last minute |
 //! | `whole` | a Service with what it has lost |
 //! | `resolvers` | resolvers whose address a Service claims |
@@ -30,7 +32,9 @@ pub mod added;
 mod candidates;
 mod coarse;
 pub mod judge;
+pub mod led;
 pub mod lost;
+mod needed;
 mod places;
 mod resolvers;
 #[cfg(test)]
@@ -51,8 +55,10 @@ use super::prefix::Prefix;
 pub use added::About;
 use candidates::Index;
 pub use judge::Known;
+pub use led::{Connections, Led};
+pub use lost::Losses;
 use lost::Lost;
-pub use lost::{Addresses, Losses};
+pub use needed::needed;
 pub use places::Places;
 pub use resolvers::Claim;
 use whole::Whole;
@@ -135,6 +141,8 @@ pub struct Services {
     all: BTreeMap<Arc<ServiceName>, Arc<Service>>,
     /// What some have lost lately.
     lost: BTreeMap<Arc<ServiceName>, Lost>,
+    /// What some had for a moment.
+    passed: Vec<Arc<Service>>,
     /// Addresses of nodes, where Services have node ports.
     nodes: Vec<Prefix>,
     index: OnceLock<Index>,
@@ -142,7 +150,10 @@ pub struct Services {
 
 impl PartialEq for Services {
     fn eq(&self, other: &Self) -> bool {
-        self.all == other.all && self.lost == other.lost && self.nodes == other.nodes
+        self.all == other.all
+            && self.lost == other.lost
+            && self.passed == other.passed
+            && self.nodes == other.nodes
     }
 }
 
@@ -157,6 +168,7 @@ impl Services {
                 .map(|service| (Arc::clone(&service.name), service))
                 .collect(),
             lost: BTreeMap::new(),
+            passed: Vec::new(),
             nodes,
             index: OnceLock::new(),
         }
@@ -166,9 +178,15 @@ impl Services {
         Self {
             all: self.all.clone(),
             lost,
+            passed: Vec::new(),
             nodes: self.nodes.clone(),
             index: OnceLock::new(),
         }
+    }
+
+    /// Notes what Services had for a moment: it counts as what they [have lost](lost) now.
+    pub fn note_passed(&mut self, passed: Vec<Arc<Service>>) {
+        self.passed = passed;
     }
 
     /// The Service of this name.

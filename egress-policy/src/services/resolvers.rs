@@ -5,11 +5,11 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
-use super::{ServiceName, Services, Transport};
+use super::{Service, ServiceName, Services, Transport};
 use crate::Resolver;
 
 /// A Service that has the address and port of a resolver among its external ones.
@@ -25,52 +25,68 @@ impl Services {
     /// The claimed ones of these resolvers. A Service whose endpoints are all among the resolvers claims none, such as a
     /// second Service of the cluster's DNS. Of several Services the first by name is returned.
     pub fn claims(&self, resolvers: &[Resolver]) -> BTreeMap<Resolver, Claim> {
-        let mut ports_of: HashMap<_, Vec<u16>> = HashMap::new();
-        for resolver in resolvers {
-            ports_of
-                .entry(resolver.address)
-                .or_default()
-                .push(resolver.port);
-        }
-        let is_resolver = |endpoint: &&SocketAddr| {
-            let ports = ports_of.get(&endpoint.ip());
-            ports.is_some_and(|ports| ports.contains(&endpoint.port()))
-        };
-        let mut claims = BTreeMap::new();
-        for service in self.all() {
-            for &address in &service.external {
-                let Some(ports) = ports_of.get(&address) else {
+        claims(self.all(), resolvers)
+    }
+
+    /// The resolvers that Services claimed for a moment. (The Service of the cluster's DNS claims none: its endpoints of
+    /// before were resolvers.)
+    pub fn passed_claims(&self, resolvers: &[Resolver]) -> BTreeMap<Resolver, Claim> {
+        let is_resolver = |ip: &IpAddr| resolvers.iter().any(|resolver| resolver.address == *ip);
+        let passed = self.passed.iter();
+        let others = passed.filter(|service| !service.cluster.iter().any(is_resolver));
+        claims(others, resolvers)
+    }
+}
+
+fn claims<'a>(
+    services: impl Iterator<Item = &'a Arc<Service>>,
+    resolvers: &[Resolver],
+) -> BTreeMap<Resolver, Claim> {
+    let mut ports_of: HashMap<_, Vec<u16>> = HashMap::new();
+    for resolver in resolvers {
+        ports_of
+            .entry(resolver.address)
+            .or_default()
+            .push(resolver.port);
+    }
+    let is_resolver = |endpoint: &&SocketAddr| {
+        let ports = ports_of.get(&endpoint.ip());
+        ports.is_some_and(|ports| ports.contains(&endpoint.port()))
+    };
+    let mut claims = BTreeMap::new();
+    for service in services {
+        for &address in &service.external {
+            let Some(ports) = ports_of.get(&address) else {
+                continue;
+            };
+            let claiming = service
+                .ports
+                .iter()
+                .filter(|port| ports.contains(&port.port) && port.transport != Transport::Sctp);
+            for port in claiming {
+                let of_family = |at: &&SocketAddr| at.is_ipv4() == address.is_ipv4();
+                let mut endpoints = port.endpoints.iter().filter(of_family);
+                let Some(&endpoint) = endpoints.find(|endpoint| !is_resolver(endpoint)) else {
                     continue;
                 };
-                let claiming = service
-                    .ports
-                    .iter()
-                    .filter(|port| ports.contains(&port.port) && port.transport != Transport::Sctp);
-                for port in claiming {
-                    let of_family = |at: &&SocketAddr| at.is_ipv4() == address.is_ipv4();
-                    let mut endpoints = port.endpoints.iter().filter(of_family);
-                    let Some(&endpoint) = endpoints.find(|endpoint| !is_resolver(endpoint)) else {
-                        continue;
-                    };
-                    let resolver = Resolver {
-                        address,
-                        port: port.port,
-                    };
-                    claims.entry(resolver).or_insert_with(|| Claim {
-                        service: Arc::clone(&service.name),
-                        endpoint,
-                    });
-                }
+                let resolver = Resolver {
+                    address,
+                    port: port.port,
+                };
+                claims.entry(resolver).or_insert_with(|| Claim {
+                    service: Arc::clone(&service.name),
+                    endpoint,
+                });
             }
         }
-        claims
     }
+    claims
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::services::{Service, ServicePort};
+    use crate::services::ServicePort;
 
     const DNS: &str = "10.96.0.10";
 

@@ -1,6 +1,7 @@
 //! Services under policies: addresses that are denied or opened because of endpoints.
 
 mod coarse;
+mod led;
 mod lost;
 
 use std::{collections::BTreeMap, net::IpAddr};
@@ -124,7 +125,7 @@ fn compiled(list: Option<&str>, rules: &[(TierAction, &str)], settings: &Setting
 }
 
 fn with(policy: &Compiled, known: &Known, settings: &Settings) -> Compiled {
-    let added = judge::needed(&known.judge_all(policy));
+    let added = needed(&known.judge_all(policy));
     let (policy, problem) = policy.with_services(settings, &added);
     assert_eq!(problem, None);
     policy

@@ -1,6 +1,10 @@
 //! A Service with what it has lost lately.
 
-use std::{net::IpAddr, net::SocketAddr, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use egress_common::records::Range;
 
@@ -105,18 +109,20 @@ impl Whole {
                 .cluster
                 .extend(cluster.map(|ip| ClusterIp { ip: *ip, is_lost }));
             whole.external.extend(&lost.external);
+            let mut places: BTreeMap<Route, usize> =
+                whole.ports.iter().map(|port| port.route).zip(0..).collect();
             for (route, at, range) in &lost.endpoints {
-                let endpoint = Endpoint {
+                let place = *places.entry(*route).or_insert_with(|| {
+                    whole.ports.push(WholePort {
+                        route: *route,
+                        endpoints: Vec::new(),
+                    });
+                    whole.ports.len() - 1
+                });
+                whole.ports[place].endpoints.push(Endpoint {
                     at: *at,
                     lost: Some(*range),
-                };
-                match whole.ports.iter_mut().find(|port| port.route == *route) {
-                    Some(port) => port.endpoints.push(endpoint),
-                    None => whole.ports.push(WholePort {
-                        route: *route,
-                        endpoints: vec![endpoint],
-                    }),
-                }
+                });
             }
         }
         whole

@@ -19,7 +19,10 @@ use serde_json::{Value, json};
 
 use crate::{
     conformance,
-    services::{cluster, create, endpoints, is_denied, reaches, serve, service, translate},
+    policies::put,
+    services::{
+        cluster, create, endpoints, is_denied, policy, reaches, rule, serve, service, translate,
+    },
 };
 
 /// How long what is lost counts, and time for a crowded machine.
@@ -100,13 +103,50 @@ fn a_connection_to_a_denied_endpoint_ends_also_if_the_service_loses_the_endpoint
     drop(denied_udp);
     assert!(echo_on(&socket, b"elsewhere", LONG));
     agent.wait_log("of connections that ended", |line| {
-        line.contains("the node has forgotten connections to what Services have lost")
+        line.contains("ended connections that the node led to endpoints")
     });
 }
 
 #[test]
+fn connections_end_that_lead_to_a_denied_endpoint_of_which_the_agent_never_heard() {
+    let cluster = cluster();
+    let [shop, bank] = ["shop", "bank"].map(|name| cluster.namespace(name, &Value::Null));
+    let cart = cluster.run(&shop, "cart", &Value::Null);
+    let [web, denied] = [&shop, &bank].map(|namespace| cluster.run(namespace, "web", &Value::Null));
+    let _echoes = [&web, &denied].map(|pod| serve(pod.net().netns(), 8080));
+    let [web_ip, denied_ip] = [&web, &denied].map(|pod| IpAddr::V4(pod.net().ipv4()));
+    let to = (service(&cluster.server, &shop, "web"), 80);
+    endpoints(&cluster.server, &shop, "web", &[web_ip], 8080);
+    put(
+        &cluster.server,
+        &policy(&cluster, &shop, &json!([rule("Deny", &bank)])),
+    );
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    is_denied(&cluster, &agent, cart.net(), (denied_ip, 8080));
+    translate(&cluster, to, (denied_ip, 8080));
+    let mut astray = cart.net().talks_tcp(to);
+    translate_only(&cluster, to, (web_ip, 8080));
+    let mut other = cart.net().talks_tcp(to);
+
+    let began = Instant::now();
+    while exchange(&mut astray, b"still", SHORT * 4) {
+        assert!(began.elapsed() < LONG, "the connection goes on");
+        thread::sleep(SHORT);
+    }
+    agent.wait_log("of connections that ended", |line| {
+        line.contains("ended connections that the node led to endpoints")
+    });
+    assert!(
+        exchange(&mut other, b"still", LONG),
+        "an allowed one has ended"
+    );
+}
+
+#[test]
 fn a_resolver_is_trusted_again_only_when_the_node_translates_nothing_there() {
-    let claimed = outside(77);
+    // No other test's: all see the Services of all.
+    let claimed = outside(87);
     let at = SocketAddr::from((claimed, 53));
     let evil_at = SocketAddr::from((outside(9), 53));
     let internal = json!([PODS, PODS6, format!("{claimed}/32")]);
@@ -160,4 +200,53 @@ fn a_resolver_is_trusted_again_only_when_the_node_translates_nothing_there() {
     assert!(ended.elapsed() > MEANWHILE, "after {:?}", ended.elapsed());
     assert_eq!(answer, Some(vec![outside(10)]));
     assert_eq!(evil.queries_for("c.shop.test"), 0);
+}
+
+#[test]
+fn a_resolver_that_a_service_has_claimed_for_a_moment_is_not_trusted() {
+    let claimed = outside(88);
+    let at = SocketAddr::from((claimed, 53));
+    let internal = json!([PODS, PODS6, format!("{claimed}/32")]);
+    let lab = Lab::builder()
+        .config("ranges", json!({ "internal": internal }))
+        .config("dns.resolvers", json!([RESOLVER, RESOLVER6, claimed]));
+    let cluster = Cluster::on(conformance::server(), lab);
+    let dns = cluster.lab.serve_dns_at(&[at]);
+    let evil = cluster.lab.serve_dns_at(&[(outside(9), 53).into()]);
+    for name in ["a.shop.test", "b.shop.test"] {
+        dns.addresses(name, &[outside(10)]);
+        evil.addresses(name, &[outside(11)]);
+    }
+    let shop = cluster.namespace("shop", &Value::Null);
+    let cart = cluster.run(&shop, "cart", &allow("*.shop.test:443"));
+    remember_udp(&cluster);
+    service(&cluster.server, &shop, "noise");
+    let agent = cluster.start_agent();
+    agent.wait_enforcing(cart.net());
+    let socket = cart.net().udp_socket(at);
+    let ask = |id: u16, name: &str, timeout: Duration| {
+        let query = question(id, name, RecordType::A);
+        socket.set_read_timeout(Some(timeout)).expect("a time-out");
+        socket.send(&query).expect("send a query");
+        let mut buffer = [0; 512];
+        let length = socket.recv(&mut buffer).ok()?;
+        Some(Answer::read(&buffer[..length]).addresses)
+    };
+    translate(&cluster, (claimed, 53), (outside(9), 53));
+    assert_eq!(ask(1, "a.shop.test", LONG), Some(vec![outside(11)]));
+    translate_only(&cluster, (outside(76), 53), (outside(9), 53));
+
+    // The agent reads the first change at once, and the next ones together.
+    endpoints(&cluster.server, &shop, "noise", &[outside(8)], 8080);
+    thread::sleep(SHORT / 4);
+    let ports = json!([{ "name": "udp", "port": 53, "protocol": "UDP" }]);
+    let spec = json!({ "ports": ports, "externalIPs": [claimed] });
+    let (dns_service, _, _) = create(&cluster.server, &shop, "dns", &spec);
+    endpoints(&cluster.server, &shop, "dns", &[outside(9)], 53);
+    cluster.server.delete(&dns_service);
+    thread::sleep(SHORT * 8);
+    for id in 2..12 {
+        assert_eq!(ask(id, "b.shop.test", SHORT), None);
+    }
+    assert_eq!(evil.queries_for("b.shop.test"), 0);
 }

@@ -143,13 +143,13 @@ pub(super) fn is_denied(cluster: &Cluster, agent: &Agent, pod: &Pod, to: (IpAddr
 }
 
 /// A rule for every pod of these namespaces.
-fn rule(action: &str, namespace: &str) -> Value {
+pub(super) fn rule(action: &str, namespace: &str) -> Value {
     let labels = json!({ "kubernetes.io/metadata.name": namespace });
     json!({ "name": action, "action": action, "to": [{ "namespaces": { "matchLabels": labels } }] })
 }
 
 /// A policy of the platform for the pods of a namespace.
-fn policy(cluster: &Cluster, namespace: &str, egress: &Value) -> Value {
+pub(super) fn policy(cluster: &Cluster, namespace: &str, egress: &Value) -> Value {
     let labels = json!({ "kubernetes.io/metadata.name": namespace });
     json!({
         "apiVersion": "policy.networking.k8s.io/v1alpha2",

@@ -50,7 +50,6 @@ use egress_common::{
 
 use super::{
     observe::{InForce, InKernel, machine::Machine},
-    pace::Pace,
     plan::{Action, Plan},
     settings::Settings,
 };
@@ -64,6 +63,7 @@ use connections::Connections;
 use enforced::Enforced;
 pub(in crate::control) use outcome::Outcome;
 use sweep::Crowded;
+use translations::Judged;
 use upkeep::Upkeep;
 
 /// Changes the kernel and asks the gate, and knows what is enforced.
@@ -92,8 +92,8 @@ pub(in crate::control) struct Applier {
     /// Whether the gate reads messages.
     is_reading: bool,
     next_swept: usize,
-    /// How often the node's connections may be read.
-    translations_read: Pace,
+    /// The connections that the node translates.
+    translations: Judged,
     /// Pods that wait for room in their maps.
     crowded: Crowded,
     published: Arc<Published>,
@@ -159,7 +159,7 @@ impl Applier {
             vacated: BTreeSet::new(),
             is_reading: false,
             next_swept: 0,
-            translations_read: translations::pace(),
+            translations: Judged::never(),
             crowded: Crowded::new(datapath.counters()?),
             published,
             datapath,

@@ -1,119 +1,193 @@
-//! Ends connections that the node still translates to what a Service has lost.
+//! Judges the connections that the node translates by where they lead.
 //!
-//! A node goes on translating the connections that it knows. A connection to a denied endpoint that was cut would go on
-//! when the Service is judged without this endpoint. So the node has to forget it before.
+//! The node knows connections that are older than what the agent knows of the Services: from before an edit that the agent
+//! has read late, from before an endpoint was taken out of a Service, or from an edit that was undone before the agent has
+//! seen it. The node goes on translating them. So the agent reads them from the node's connection tracking every ten
+//! seconds, and makes the node forget those to endpoints that the pod's policy denies.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashMap, HashSet},
     io,
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
-use egress_common::{address::Address, protocol};
+use anyhow::Result;
+use egress_common::{address::Address, classes::ClassSet, ids::PolicyId};
 use egress_policy::{
-    Mode,
+    Mode, Resolver,
     prefix::to_mapped,
-    services::{Addresses, Transport},
+    services::{Connections, Led, Transport},
 };
 
 use super::Applier;
 use crate::{
     control::{
-        pace::Pace,
-        plan::wanted::Wanted,
+        observe::policies::Policies,
         publish::problems::{About, Problems},
-        settings::{Over, Settings},
+        settings::Settings,
     },
-    host::{Translated, forget_translated},
+    datapath::{View, boottime_ns},
+    host::{Translated, forget_translated, translated},
+    report::Subject,
 };
 
-/// The table is read once in this time at most: it may be large, and others decide how often Services change.
+/// How often the table is read at most.
 const EVERY: Duration = Duration::from_secs(10);
+/// The pause after it was read, in multiples of the time that this has taken: the table may be large.
+const PAUSE: u32 = 50;
 
-/// How often [`Applier::end_translations`] may read the table.
-pub(super) fn pace() -> Pace {
-    Pace::new(EVERY, 1, Instant::now().into())
+/// The last time that the connections were judged.
+pub(super) struct Judged {
+    /// When it is due again.
+    due: Instant,
+    /// Why it failed.
+    problem: Option<String>,
 }
 
-/// Connections of pods to addresses of a Service, or to a resolver.
-struct Ending {
-    pods: HashSet<Address>,
-    to: Addresses,
-}
-
-impl Ending {
-    fn concerns(&self, connection: &Translated) -> bool {
-        let transport = match connection.protocol {
-            protocol::TCP => Transport::Tcp,
-            protocol::UDP => Transport::Udp,
-            protocol::SCTP => Transport::Sctp,
-            _ => return false,
-        };
-        self.pods.contains(&to_mapped(connection.from)) && self.to.contain(transport, connection.to)
+impl Judged {
+    /// Not yet.
+    pub(super) fn never() -> Self {
+        Self {
+            due: Instant::now(),
+            problem: None,
+        }
     }
 }
 
 impl Applier {
-    /// Lets the node forget the connections because of which what is over still counts. If that fails, it counts on.
-    pub(in crate::control) async fn end_translations(
+    /// Makes the node forget translated connections of pods to endpoints that their policies deny. After that, what
+    /// Services have lost for long enough counts no more; if it fails, it counts on.
+    pub(in crate::control) async fn judge_translations(
         &mut self,
         settings: &mut Settings,
+        policies: &Policies,
     ) -> Problems {
+        let began = Instant::now();
+        if began >= self.translations.due {
+            let unclaimed = settings.unclaimed(began);
+            let done = self.end_denied(settings, policies, &unclaimed).await;
+            if done.is_ok() {
+                settings.forget(&unclaimed, began);
+            }
+            self.translations = Judged {
+                due: Instant::now() + EVERY.max(began.elapsed() * PAUSE),
+                problem: done.err().map(|error| format!("{error:#}")),
+            };
+        }
         let mut problems = Problems::default();
-        let now = Instant::now();
-        let over = settings.over(now);
-        if over.services.is_empty() && over.resolvers.is_empty() {
-            return problems;
+        if let Some(error) = &self.translations.problem {
+            let what = "cannot end connections to endpoints of Services that policies deny";
+            let about = About::node("connection tracking");
+            problems.set(about, format!("{what}: {error}"));
         }
-        let endings = self.endings(settings, &over);
-        if !endings.is_empty() {
-            if self.translations_read.take(now.into()).is_err() {
-                return problems;
-            }
-            let forgotten = tokio::task::spawn_blocking(move || {
-                forget_translated(|to| endings.iter().any(|ending| ending.concerns(to)))
-            });
-            match forgotten
-                .await
-                .unwrap_or_else(|error| Err(io::Error::other(error)))
-            {
-                Ok(0) => {}
-                Ok(connections) => tracing::info!(
-                    connections,
-                    "the node has forgotten connections to what Services have lost"
-                ),
-                Err(error) => {
-                    let what = "cannot end connections to what Services have lost, so it counts on";
-                    let about = About::node("connection tracking");
-                    problems.set(about, format!("{what}: {error}"));
-                    return problems;
-                }
-            }
-        }
-        settings.forget(&over, now);
         problems
     }
 
-    fn endings(&self, settings: &Settings, over: &Over) -> Vec<Ending> {
-        let services = over.services.iter().map(|name| Ending {
-            pods: self.addresses_of(|wanted| wanted.compiled.denies_service(name)),
-            to: settings.losses.addresses(name),
-        });
-        let resolvers = over.resolvers.iter().map(|resolver| Ending {
-            pods: self.addresses_of(|_| true),
-            to: Addresses::of_resolver(resolver),
-        });
-        let endings = services.chain(resolvers);
-        endings.filter(|ending| !ending.pods.is_empty()).collect()
+    async fn end_denied(
+        &self,
+        settings: &Settings,
+        policies: &Policies,
+        unclaimed: &[Resolver],
+    ) -> Result<()> {
+        if policies.services().are_none() && unclaimed.is_empty() {
+            return Ok(());
+        }
+        let pods = self.pods_by_address();
+        if pods.is_empty() {
+            return Ok(());
+        }
+        let addresses: HashSet<Address> = pods.keys().copied().collect();
+        let connections =
+            in_background(move || translated(|from| addresses.contains(&to_mapped(from))));
+        let connections = connections.await?;
+        let mut of_pods: HashMap<&Subject, Vec<(Translated, Led)>> = HashMap::new();
+        for connection in connections {
+            let subject = pods.get(&to_mapped(connection.from));
+            if let (Some(subject), Some(led)) = (subject, led(&connection)) {
+                of_pods.entry(subject).or_default().push((connection, led));
+            }
+        }
+        let judge = Connections::new(policies.services());
+        let view = self.datapath.view()?;
+        let mut denied: BTreeSet<Translated> = BTreeSet::new();
+        for (subject, connections) in of_pods {
+            let Some(enforced) = self.enforced.get(subject) else {
+                continue;
+            };
+            let policy = policies.without_services(subject);
+            let policy = policy.unwrap_or(&enforced.wanted.compiled);
+            let mut judged = Vec::new();
+            for (_, led) in &connections {
+                judged.push((*led, learned(&view, enforced.policy, led.to.ip())?));
+            }
+            let of_pod: HashSet<Led> = judge
+                .denied(policy, judged.into_iter())
+                .into_iter()
+                .collect();
+            let is_denied =
+                |led: &Led| of_pod.contains(led) || is_elsewhere(led, unclaimed, settings);
+            let ending = connections.iter().filter(|(_, led)| is_denied(led));
+            denied.extend(ending.map(|(connection, _)| *connection));
+        }
+        if denied.is_empty() {
+            return Ok(());
+        }
+        let forgotten = in_background(move || forget_translated(&denied)).await?;
+        tracing::warn!(
+            connections = forgotten,
+            "ended connections that the node led to endpoints which the pods' policies deny"
+        );
+        Ok(())
     }
 
-    /// The addresses of the enforced pods that are `chosen`.
-    fn addresses_of(&self, chosen: impl Fn(&Wanted) -> bool) -> HashSet<Address> {
-        let wanted = self.enforced.values().map(|enforced| &*enforced.wanted);
-        wanted
-            .filter(|wanted| wanted.compiled.mode == Mode::Enforce && chosen(wanted))
-            .flat_map(Wanted::own)
-            .copied()
+    /// The pods in mode `enforce`, by their addresses.
+    fn pods_by_address(&self) -> HashMap<Address, Subject> {
+        let enforcing = self.enforced.iter();
+        enforcing
+            .filter(|(_, enforced)| enforced.wanted.compiled.mode == Mode::Enforce)
+            .flat_map(|(subject, enforced)| {
+                let own = enforced.wanted.own().iter();
+                own.map(move |address| (*address, subject.clone()))
+            })
             .collect()
     }
+}
+
+fn led(connection: &Translated) -> Option<Led> {
+    let canonical = |at: SocketAddr| SocketAddr::new(at.ip().to_canonical(), at.port());
+    Some(Led {
+        transport: Transport::of_protocol(connection.protocol)?,
+        to: canonical(connection.to),
+        endpoint: canonical(connection.endpoint),
+    })
+}
+
+/// The classes of names that a pod has resolved to an address, expired or not: open connections stay.
+fn learned(view: &View, policy: PolicyId, address: IpAddr) -> Result<ClassSet> {
+    let Some(record) = view.policy(policy)? else {
+        return Ok(ClassSet::EMPTY);
+    };
+    let (destination, _) =
+        view.destination((policy, &record), &to_mapped(address), boottime_ns())?;
+    Ok(destination.learned_internal)
+}
+
+/// Whether the node leads queries to a resolver that is claimed no more to another server.
+fn is_elsewhere(led: &Led, unclaimed: &[Resolver], settings: &Settings) -> bool {
+    let of = |at: SocketAddr| Resolver {
+        address: at.ip(),
+        port: at.port(),
+    };
+    led.transport != Transport::Sctp
+        && unclaimed.contains(&of(led.to))
+        && !settings.config.dns.resolvers.contains(&of(led.endpoint))
+}
+
+/// Runs this on a thread that may wait.
+async fn in_background<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|error| Err(io::Error::other(error)))
 }

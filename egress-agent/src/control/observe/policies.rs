@@ -6,10 +6,7 @@ use super::fallback::{self, Good, Parts, Present};
 use crate::{pods::Pod, report::Subject, serve::Written};
 use egress_policy::{
     Annotations, Compiled, Objects, Settings,
-    services::{
-        Known, Places, ServiceName, Services,
-        judge::{ByService, needed},
-    },
+    services::{Known, Places, ServiceName, Services, judge::ByService, needed},
 };
 
 /// The policy of one pod, and its inputs.
@@ -143,6 +140,16 @@ impl Policies {
         let all = self.pods.values();
         let named = all.flat_map(|reading| reading.for_services.keys());
         self.services.only(&named.chain(others).collect())
+    }
+
+    /// The Services, with the kinds of addresses on this node.
+    pub(in crate::control) fn services(&self) -> &Known {
+        &self.services
+    }
+
+    /// The policy of a pod without its rules for Services.
+    pub(in crate::control) fn without_services(&self, key: &Subject) -> Option<&Arc<Compiled>> {
+        self.pods.get(key).map(|reading| &reading.alone)
     }
 
     /// Compiles with other settings from now on.

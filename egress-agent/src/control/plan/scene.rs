@@ -75,7 +75,12 @@ impl Scene {
         let config = Config::from_yaml(&text).expect("a configuration");
         let policy_settings = config.policy_settings();
         Self {
-            settings: Settings::new(config, &Snapshot::default(), Inherited::default()),
+            settings: Settings::new(
+                config,
+                &Snapshot::default(),
+                Inherited::default(),
+                Arc::default(),
+            ),
             policy_settings,
             began: Instant::now(),
             pods: BTreeMap::new(),

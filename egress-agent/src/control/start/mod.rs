@@ -123,6 +123,12 @@ impl Snapshots {
         }
     }
 
+    /// The Services that an earlier agent has judged by, until others are noted.
+    fn services(&self) -> Arc<Services> {
+        let saved = self.saved.as_ref().map(Saved::services);
+        saved.cloned().unwrap_or_default()
+    }
+
     /// Saves the Services that policies name.
     pub(super) fn note_services(&mut self, in_force: Services) {
         if let Some(saved) = &mut self.saved {
@@ -188,7 +194,7 @@ pub(super) async fn start(options: &Options, signals: &mut Signals) -> Result<Op
     } else {
         Inherited::default()
     };
-    let settings = Settings::new(configured.clone(), &first, inherited);
+    let settings = Settings::new(configured.clone(), &first, inherited, snapshots.services());
     datapath.put_in_force(&settings.config.tunnels(), &settings.config.ranges())?;
     take_over_interfaces(&mut datapath, &left)?;
 

@@ -181,6 +181,11 @@ impl Saved {
         })
     }
 
+    /// The Services that policies name; until the source knows pods, the file's.
+    pub(in crate::control) fn services(&self) -> &Arc<Services> {
+        &self.services
+    }
+
     /// Records the Services that policies name. They are saved with the next snapshot.
     pub(in crate::control) fn note_services(&mut self, in_force: Services) {
         if self.pods.is_none() && *self.services != in_force {

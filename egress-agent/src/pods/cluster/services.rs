@@ -212,7 +212,7 @@ fn addresses(texts: impl Iterator<Item = String>) -> Vec<IpAddr> {
 }
 
 /// The Services and endpoints of the API server, joined.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct ServiceTables {
     pub(super) services: Table<ServiceFacts>,
     pub(super) endpoints: Table<EndpointFacts>,
@@ -229,6 +229,18 @@ struct MadeFrom {
     revisions: [u64; 2],
     are_complete: bool,
     nodes: u64,
+}
+
+impl Default for ServiceTables {
+    fn default() -> Self {
+        Self {
+            services: Table::keeping_replaced(),
+            endpoints: Table::keeping_replaced(),
+            current: Arc::default(),
+            made_from: None,
+            revisions: [0; 2],
+        }
+    }
 }
 
 impl ServiceTables {
@@ -299,7 +311,32 @@ impl ServiceTables {
             .values()
             .flat_map(|node| node.all_addresses.iter().copied().map(Prefix::host))
             .collect();
-        Services::new(services, prefix::merge(&hosts))
+        let mut made = Services::new(services, prefix::merge(&hosts));
+        made.note_passed(self.passed(&endpoints));
+        made
+    }
+
+    /// What Services had for a moment. Nodes may have seen it although no snapshot has it.
+    fn passed(&self, endpoints: &HashMap<&ServiceName, Vec<&EndpointFacts>>) -> Vec<Arc<Service>> {
+        let mut versions: HashMap<&ServiceName, (Vec<&ServiceFacts>, Vec<&EndpointFacts>)> =
+            HashMap::new();
+        for facts in self.services.replaced() {
+            versions.entry(&facts.name).or_default().0.push(facts);
+        }
+        for facts in self.endpoints.replaced() {
+            versions.entry(&facts.service).or_default().1.push(facts);
+        }
+        let passed = versions
+            .into_iter()
+            .flat_map(|(name, (mut facts, mut replaced))| {
+                facts.extend(self.services.get(&name.namespace, &name.name));
+                replaced.extend(endpoints.get(name).into_iter().flatten());
+                let passed = facts
+                    .into_iter()
+                    .map(move |facts| Arc::new(facts.with(&replaced)));
+                passed.collect::<Vec<_>>()
+            });
+        passed.collect()
     }
 }
 

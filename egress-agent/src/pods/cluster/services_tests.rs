@@ -91,3 +91,61 @@ fn endpoints_objects_count_where_there_are_no_slices() {
     let made = facts.with(&[&endpoints]);
     assert_eq!(texts(&made.ports[0]), ["10.1.0.2:8080", "10.1.0.3:8081"]);
 }
+
+#[test]
+fn what_a_service_had_between_two_snapshots_is_noted() {
+    use k8s_openapi::api::{core::v1, discovery::v1 as discovery};
+    use kube::runtime::watcher::Event;
+
+    let web: v1::Service = serde_json::from_value(json!({
+        "metadata": { "namespace": "shop", "name": "web" },
+        "spec": { "clusterIP": "10.96.0.7", "ports": [{ "port": 80 }] },
+    }))
+    .expect("a Service");
+    let slice = |address: &str| -> discovery::EndpointSlice {
+        serde_json::from_value(json!({
+            "metadata": {
+                "namespace": "shop", "name": "web-1",
+                "labels": { "kubernetes.io/service-name": "web" },
+            },
+            "addressType": "IPv4",
+            "endpoints": [{ "addresses": [address] }],
+            "ports": [{ "port": 8080 }],
+        }))
+        .expect("a slice")
+    };
+    let mut tables = ServiceTables::default();
+    for event in [Event::Init, Event::InitApply(web), Event::InitDone] {
+        tables
+            .services
+            .apply(event, |read, _| ServiceFacts::read(read));
+    }
+    for event in [
+        Event::Init,
+        Event::InitApply(slice("10.1.0.3")),
+        Event::InitDone,
+        Event::Apply(slice("10.1.0.2")),
+        Event::Apply(slice("10.1.0.3")),
+    ] {
+        tables
+            .endpoints
+            .apply(event, |read, _| EndpointFacts::of_slice(read));
+    }
+    let made = tables.make(&Table::default());
+    let endpoints = |service: &Service| texts(&service.ports[0]);
+    let [service] = &made.all().collect::<Vec<_>>()[..] else {
+        panic!("one Service");
+    };
+    assert_eq!(endpoints(service), ["10.1.0.3:8080"]);
+    let mut expected = Services::new([Arc::clone(service)], Vec::new());
+    expected.note_passed(vec![Arc::new(Service {
+        ports: vec![ServicePort {
+            endpoints: ["10.1.0.2:8080", "10.1.0.3:8080"]
+                .map(|at| at.parse().expect("an endpoint"))
+                .into(),
+            ..service.ports[0].clone()
+        }],
+        ..Service::clone(service)
+    })]);
+    assert_eq!(made, expected);
+}

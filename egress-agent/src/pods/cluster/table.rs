@@ -1,7 +1,7 @@
 //! The objects of one watch, reduced to the fields that the agent uses.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     time::{Duration, Instant},
 };
 
@@ -9,6 +9,10 @@ use kube::{Resource, ResourceExt, runtime::watcher::Event};
 
 /// How long a table that remembers keeps deleted objects.
 const REMEMBERED: Duration = Duration::from_secs(5);
+
+/// How long a table that keeps replaced objects keeps each, and most of them.
+const REPLACED: Duration = Duration::from_secs(5);
+const REPLACED_MOST: usize = 1_024;
 
 /// Namespace (empty if it has none) and name.
 pub(super) type Key = (String, String);
@@ -27,6 +31,8 @@ pub(super) struct Table<R> {
     frozen: bool,
     /// Objects that were deleted lately, if the table remembers them.
     deleted: Option<Vec<(Instant, Key, R)>>,
+    /// Objects that were replaced or deleted lately, if the table keeps them.
+    replaced: Option<VecDeque<(Instant, R)>>,
     limit: Limit,
 }
 
@@ -61,6 +67,7 @@ impl<R> Default for Table<R> {
             revision: 0,
             frozen: false,
             deleted: None,
+            replaced: None,
             limit: Limit::NONE,
         }
     }
@@ -75,12 +82,42 @@ impl<R> Table<R> {
         }
     }
 
+    /// A table that keeps what was replaced or deleted just before.
+    pub(super) fn keeping_replaced() -> Self {
+        Self {
+            replaced: Some(VecDeque::new()),
+            ..Self::default()
+        }
+    }
+
     /// A table of at most so many objects.
     pub(super) fn limited(limit: usize) -> Self {
         Self {
             limit: Limit::of(limit),
             ..Self::default()
         }
+    }
+}
+
+impl<R> Table<R> {
+    fn keep_replaced(&mut self, object: R) {
+        if let Some(replaced) = &mut self.replaced {
+            while replaced.len() >= REPLACED_MOST
+                || replaced
+                    .front()
+                    .is_some_and(|(at, _)| at.elapsed() > REPLACED)
+            {
+                replaced.pop_front();
+            }
+            replaced.push_back((Instant::now(), object));
+        }
+    }
+
+    /// What was replaced or deleted in the last seconds, if the table keeps it.
+    pub(super) fn replaced(&self) -> impl Iterator<Item = &R> {
+        let replaced = self.replaced.iter().flatten();
+        let lately = replaced.filter(|(at, _)| at.elapsed() <= REPLACED);
+        lately.map(|(_, object)| object)
     }
 }
 
@@ -188,13 +225,23 @@ impl<R: PartialEq> Table<R> {
                 let changed = !self.complete || listed != self.current;
                 self.complete = true;
                 self.limit.is_exceeded = self.limit.is_list_over;
-                self.current = listed;
+                for (key, before) in std::mem::replace(&mut self.current, listed) {
+                    if self.current.get(&key) != Some(&before) {
+                        self.keep_replaced(before);
+                    }
+                }
                 changed
             }
             Event::Apply(object) => {
                 let key = key(&object);
                 match reduce(object, self.current.get(&key)) {
-                    None => self.current.remove(&key).is_some(),
+                    None => match self.current.remove(&key) {
+                        Some(removed) => {
+                            self.keep_replaced(removed);
+                            true
+                        }
+                        None => false,
+                    },
                     Some(reduced) if self.current.get(&key) == Some(&reduced) => false,
                     Some(_)
                         if self.current.len() >= self.limit.objects
@@ -203,7 +250,9 @@ impl<R: PartialEq> Table<R> {
                         !std::mem::replace(&mut self.limit.is_exceeded, true)
                     }
                     Some(reduced) => {
-                        self.current.insert(key, reduced);
+                        if let Some(before) = self.current.insert(key, reduced) {
+                            self.keep_replaced(before);
+                        }
                         true
                     }
                 }
@@ -212,9 +261,13 @@ impl<R: PartialEq> Table<R> {
                 let key = key(&object);
                 let removed = self.current.remove(&key);
                 let is_removed = removed.is_some();
-                if let (Some(deleted), Some(removed)) = (&mut self.deleted, removed) {
-                    deleted.retain(|(at, ..)| at.elapsed() < REMEMBERED);
-                    deleted.push((Instant::now(), key, removed));
+                match (&mut self.deleted, removed) {
+                    (Some(deleted), Some(removed)) => {
+                        deleted.retain(|(at, ..)| at.elapsed() < REMEMBERED);
+                        deleted.push((Instant::now(), key, removed));
+                    }
+                    (None, Some(removed)) => self.keep_replaced(removed),
+                    (_, None) => {}
                 }
                 is_removed
             }
@@ -348,5 +401,23 @@ mod tests {
         assert_eq!((names(&table), table.exceeded()), (vec!["b"], None));
         assert!(apply(&mut table, Event::Apply(object("c"))));
         assert_eq!((names(&table), table.exceeded()), (vec!["b"], Some(1)));
+    }
+
+    #[test]
+    fn what_was_replaced_is_kept_for_a_while() {
+        let mut table = Table::<String>::keeping_replaced();
+        for event in [
+            Event::Init,
+            Event::InitApply(object("a")),
+            Event::InitApply(object("b")),
+            Event::InitDone,
+            Event::Delete(object("a")),
+            Event::Init,
+            Event::InitDone,
+        ] {
+            apply(&mut table, event);
+        }
+        assert_eq!(table.replaced().collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!(Table::<String>::default().replaced().count(), 0);
     }
 }

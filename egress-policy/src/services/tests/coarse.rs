@@ -19,7 +19,7 @@ fn of(namespace: &str, service: &Arc<Service>) -> Arc<Service> {
 
 /// The policy with its rules, and the problem with these.
 fn closed(base: &Compiled, known: &Known, settings: &Settings) -> (Compiled, String) {
-    let added = judge::needed(&known.judge_all(base));
+    let added = needed(&known.judge_all(base));
     let (policy, problem) = base.with_services(settings, &added);
     (policy, problem.expect("a problem"))
 }

@@ -54,8 +54,7 @@ impl Scene {
     /// Forgets what is due after this time.
     fn pass_time(&mut self, time: Duration) {
         let now = self.began + time;
-        let due = self.losses.due(now);
-        self.losses.forget(&due, now);
+        self.losses.forget(now);
     }
 }
 
@@ -69,15 +68,10 @@ fn a_lost_endpoint_denies_for_a_minute() {
         scene.pass_time(Duration::from_secs(59));
         assert!(!scene.passes(SERVICE), "{after:?}");
     }
-    let name = &web(&[]).name;
-    assert_eq!(scene.losses.due(scene.began + MINUTE), [Arc::clone(name)]);
-    let addresses = scene.losses.addresses(name);
-    assert!(addresses.contain(Transport::Tcp, SERVICE.parse().unwrap()));
-    assert!(!addresses.contain(Transport::Udp, SERVICE.parse().unwrap()));
-    assert!(!addresses.contain(Transport::Tcp, "10.96.0.8:80".parse().unwrap()));
+    assert!(scene.losses.are_due(scene.began + MINUTE));
     scene.pass_time(MINUTE);
     assert!(scene.passes(SERVICE));
-    assert_eq!(scene.losses.addresses(name), Addresses::default());
+    assert!(!scene.losses.are_due(scene.began + 2 * MINUTE));
 }
 
 #[test]
@@ -98,13 +92,6 @@ fn lost_ports_and_external_addresses_deny_as_well() {
     for to in ["10.9.0.7:80", "10.9.0.8:80", "10.9.0.1:30080", SERVICE] {
         assert!(!scene.passes(to), "{to}");
     }
-    let addresses = scene.losses.addresses(&elsewhere.name);
-    for at in ["10.9.0.7:80", "10.9.0.1:30080", "10.96.0.7:81"] {
-        assert!(
-            addresses.contain(Transport::Tcp, at.parse().unwrap()),
-            "{at}"
-        );
-    }
     scene.pass_time(MINUTE);
     for to in ["10.9.0.7:80", "10.9.0.8:80", "10.9.0.1:30080", SERVICE] {
         assert!(scene.passes(to), "{to}");
@@ -116,7 +103,7 @@ fn an_endpoint_that_is_back_is_not_lost() {
     let mut scene = Scene::denying("10.1.0.2", &web(&["10.1.0.2:80"]));
     scene.take(&[&web(&[])]);
     scene.take(&[&web(&["10.1.0.2:80"])]);
-    assert_eq!(scene.losses.due(scene.began + MINUTE), []);
+    assert!(!scene.losses.are_due(scene.began + MINUTE));
     scene.pass_time(MINUTE);
     assert!(!scene.passes(SERVICE));
 }
@@ -156,4 +143,68 @@ fn a_pod_that_is_gone_closes_no_service() {
     scene.take(&[&service("web", "10.96.0.9", &[port(80, &["10.1.0.3:80"])])]);
     assert!(scene.passes("10.96.0.9:80"));
     assert!(!scene.passes(SERVICE));
+}
+
+#[test]
+fn nothing_else_opens_what_a_service_has_lost() {
+    let rules = [
+        (TierAction::Allow, "10.1.0.3"),
+        (TierAction::Deny, "10.1.0.2"),
+        (TierAction::Deny, "10.0.0.0/8"),
+    ];
+    let with_node_port = |endpoints: &[&str], node_port: u16| {
+        let mut service = Service::clone(&web(endpoints));
+        service.ports[0].node_port = Some(node_port);
+        Arc::new(service)
+    };
+    let first = with_node_port(&["10.1.0.2:80", "10.1.0.3:80"], 30_080);
+    let mut scene = Scene::new(None, &rules, settings(), &first);
+    assert!(!scene.passes(SERVICE));
+    // The same port with another node port, and another Service of the same address.
+    scene.take(&[&with_node_port(&["10.1.0.3:80"], 30_081)]);
+    assert!(!scene.passes(SERVICE));
+    scene.take(&[&service("other", CLUSTER_IP, &[port(80, &["10.1.0.3:80"])])]);
+    assert!(!scene.passes(SERVICE));
+    scene.pass_time(MINUTE);
+    assert!(scene.passes(SERVICE));
+}
+
+#[test]
+fn a_service_remembers_so_many_losses_at_most() {
+    let ports = |first: u16| {
+        let ports = (first..first + 1_000).map(|number| port(number, &["10.1.0.2:80"]));
+        service("web", CLUSTER_IP, &ports.collect::<Vec<_>>())
+    };
+    let mut scene = Scene::denying("10.1.0.2", &ports(1));
+    for edits in 1..=20 {
+        scene.began += Duration::from_secs(1);
+        scene.take(&[&ports(1 + 1_000 * edits)]);
+    }
+    let services = scene.losses.services();
+    let lost = services.whole(&web(&[]).name).expect("the Service");
+    let of_last_edit = lost.ports.iter().filter(|port| port.route.port > 19_000);
+    assert!(of_last_edit.count() > 1_000);
+    assert!(lost.ports.len() < 2_000, "{}", lost.ports.len());
+}
+
+#[test]
+fn what_a_service_had_for_a_moment_counts_as_lost() {
+    let good = web(&["10.1.0.3:80"]);
+    let mut scene = Scene::denying("10.1.0.2", &good);
+    let mut services = Services::new([Arc::clone(&good)], Vec::new());
+    services.note_passed(vec![
+        web(&["10.1.0.2:80", "10.1.0.3:80"]),
+        service("gone", "10.96.0.9", &[port(80, &["10.1.0.2:80"])]),
+    ]);
+    let services = Arc::new(services);
+    scene.losses.take(&services, &scene.places, scene.began);
+    for to in [SERVICE, "10.96.0.9:80"] {
+        assert!(!scene.passes(to), "{to}");
+    }
+    scene.pass_time(MINUTE);
+    // The same snapshot again is nothing new.
+    scene.losses.take(&services, &scene.places, scene.began);
+    for to in [SERVICE, "10.96.0.9:80"] {
+        assert!(scene.passes(to), "{to}");
+    }
 }

@@ -1,0 +1,181 @@
+//! Connections that a node translates: whether a policy denies where they lead.
+//!
+//! The rules for Services come after a Service has changed, and a node knows connections that are older. So each of these
+//! is judged by the endpoint that it really has.
+
+use std::{
+    collections::HashSet,
+    net::{IpAddr, SocketAddr},
+};
+
+use egress_common::{
+    classes::ClassSet,
+    protocol,
+    records::{RANGE_INTERNAL, RANGE_SERVICES},
+    verdict::{Verdict, judge},
+};
+
+use super::{Known, Services, Transport, judge::Judge, whole::Endpoint};
+use crate::compile::Compiled;
+
+/// A connection of a pod whose destination a node translates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Led {
+    /// The protocol.
+    pub transport: Transport,
+    /// The address and port to which the pod sends.
+    pub to: SocketAddr,
+    /// Those to which the node sends instead.
+    pub endpoint: SocketAddr,
+}
+
+impl Transport {
+    /// The transport of a protocol's number.
+    pub const fn of_protocol(protocol: u8) -> Option<Self> {
+        match protocol {
+            protocol::TCP => Some(Self::Tcp),
+            protocol::UDP => Some(Self::Udp),
+            protocol::SCTP => Some(Self::Sctp),
+            _ => None,
+        }
+    }
+}
+
+/// What kind of address of a Service a connection goes to.
+#[derive(Clone, Copy)]
+enum Of {
+    ClusterIp,
+    External,
+    NodePort,
+}
+
+/// The addresses and ports of Services.
+struct Places {
+    cluster: HashSet<IpAddr>,
+    external: HashSet<(Transport, SocketAddr)>,
+    node_ports: HashSet<(Transport, u16)>,
+}
+
+impl Places {
+    fn of(services: &Services) -> Self {
+        let mut places = Self {
+            cluster: HashSet::new(),
+            external: HashSet::new(),
+            node_ports: HashSet::new(),
+        };
+        for service in services
+            .names()
+            .into_iter()
+            .filter_map(|name| services.whole(name))
+        {
+            places
+                .cluster
+                .extend(service.cluster.iter().map(|cluster| cluster.ip));
+            for port in &service.ports {
+                let transport = port.route.transport;
+                let external = service.external.iter();
+                let external =
+                    external.map(|ip| (transport, SocketAddr::new(*ip, port.route.port)));
+                places.external.extend(external);
+                places
+                    .node_ports
+                    .extend(port.route.node_port.map(|port| (transport, port)));
+            }
+        }
+        places
+    }
+}
+
+/// Judges connections that a node translates.
+pub struct Connections<'a> {
+    known: &'a Known,
+    places: Places,
+}
+
+impl<'a> Connections<'a> {
+    /// Of a cluster with these Services.
+    pub fn new(known: &'a Known) -> Self {
+        Self {
+            places: Places::of(&known.services),
+            known,
+        }
+    }
+
+    /// The connections out of these that lead to an endpoint which the policy denies, and not because of an entry for the
+    /// Service. `policy` is the one without rules for Services. Each connection comes with the classes of names that the
+    /// pod has resolved to the address to which it sends.
+    ///
+    /// Connections to no Service stay: the agent judges the address to which the pod sends.
+    pub fn denied(
+        &self,
+        policy: &Compiled,
+        connections: impl Iterator<Item = (Led, ClassSet)>,
+    ) -> Vec<Led> {
+        let judge = Judge::new(policy, self.known);
+        connections
+            .filter(|(led, learned)| self.is_denied(&judge, led, *learned))
+            .map(|(led, _)| led)
+            .collect()
+    }
+
+    fn kind(&self, led: &Led) -> Option<Of> {
+        let kinds = self.known.places.range(led.to.ip()).kinds;
+        if kinds & RANGE_SERVICES != 0 || self.places.cluster.contains(&led.to.ip()) {
+            Some(Of::ClusterIp)
+        } else if self.places.external.contains(&(led.transport, led.to)) {
+            Some(Of::External)
+        } else if kinds & RANGE_INTERNAL != 0
+            && self
+                .places
+                .node_ports
+                .contains(&(led.transport, led.to.port()))
+        {
+            Some(Of::NodePort)
+        } else {
+            None
+        }
+    }
+
+    fn is_denied(&self, judged_by: &Judge<'_>, led: &Led, learned: ClassSet) -> bool {
+        let Led {
+            transport,
+            to,
+            endpoint,
+        } = *led;
+        let Some(of) = self.kind(led) else {
+            return false;
+        };
+        let at = (transport, to.port());
+        // The gate decides about queries to resolvers.
+        if judged_by.is_resolver(to, transport) {
+            return false;
+        }
+        let record = &judged_by.policy.record;
+        let endpoint = Endpoint {
+            at: endpoint,
+            lost: None,
+        };
+        let destination = judged_by.endpoint(&endpoint, transport);
+        if judge(record, &destination, transport.bit(), endpoint.at.port()) == Verdict::Pass {
+            return false;
+        }
+        let learned_here = learned.and(record.ports.matching(transport.bit(), to.port()));
+        let seen = match of {
+            Of::ClusterIp => {
+                let mut seen = judged_by.seen_at(to.ip(), at);
+                seen.exact |= learned_here;
+                seen
+            }
+            Of::External => judged_by.seen_at_external(to.ip(), at),
+            Of::NodePort => judged_by.seen_at_nodes(to.is_ipv4(), at),
+        };
+        if judged_by.denial(&seen, transport, &[endpoint]).is_some() {
+            return true;
+        }
+        // Nothing denies the endpoint that does not deny the Service. So the Service decides, unless it is open because of
+        // its endpoints.
+        let mut service = judged_by.destination(to.ip(), at);
+        (service.learned, service.learned_internal) = (learned, learned);
+        judge(record, &service, transport.bit(), to.port()) != Verdict::Pass
+    }
+}

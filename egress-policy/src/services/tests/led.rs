@@ -1,0 +1,88 @@
+//! Connections that a node translates are judged by where they lead.
+
+use egress_common::classes::ClassSet;
+
+use super::*;
+
+const SERVICE: &str = "10.96.0.7:80";
+const GOOD: &str = "10.1.0.3:80";
+const BAD: &str = "10.1.0.2:80";
+const OUTSIDE: &str = "203.0.113.9:80";
+
+/// Whether the policy ends a connection to this address that the node leads to this endpoint.
+fn ends_for(policy: &Compiled, (to, endpoint): (&str, &str), learned: ClassSet) -> bool {
+    let mut service = Service::clone(&web(&[GOOD]));
+    service.external = vec!["198.51.100.7".parse().unwrap()];
+    service.ports[0].node_port = Some(30_080);
+    let known = known(&[Arc::new(service)]);
+    let led = Led {
+        transport: Transport::Tcp,
+        to: to.parse().unwrap(),
+        endpoint: endpoint.parse().unwrap(),
+    };
+    let denied = Connections::new(&known).denied(policy, [(led, learned)].into_iter());
+    !denied.is_empty()
+}
+
+fn ends(list: Option<&str>, rules: &[(TierAction, &str)], connection: (&str, &str)) -> bool {
+    ends_for(
+        &compiled(list, rules, &settings()),
+        connection,
+        ClassSet::EMPTY,
+    )
+}
+
+#[test]
+fn a_connection_to_a_denied_endpoint_ends_whatever_the_service_has_now() {
+    let deny: &[(TierAction, &str)] = &[(TierAction::Deny, "10.1.0.2")];
+    for to in [SERVICE, "198.51.100.7:80", "10.9.0.1:30080"] {
+        assert!(ends(None, deny, (to, BAD)), "{to}");
+        assert!(ends(Some(""), &[], (to, OUTSIDE)), "{to}");
+        assert!(!ends(None, deny, (to, GOOD)), "{to}");
+        assert!(!ends(None, &[], (to, BAD)), "{to}");
+    }
+}
+
+#[test]
+fn a_connection_ends_whose_endpoint_only_a_wide_rule_denies() {
+    let rules: &[(TierAction, &str)] = &[
+        (TierAction::Allow, "10.1.0.3"),
+        (TierAction::Deny, "10.0.0.0/8"),
+    ];
+    assert!(ends(None, rules, (SERVICE, BAD)));
+    assert!(!ends(None, rules, (SERVICE, GOOD)));
+    let closed = Settings {
+        allow_internal: false,
+        ..settings()
+    };
+    let policy = compiled(Some("10.1.0.3"), &[], &closed);
+    assert!(ends_for(&policy, (SERVICE, BAD), ClassSet::EMPTY));
+    assert!(!ends_for(&policy, (SERVICE, GOOD), ClassSet::EMPTY));
+}
+
+#[test]
+fn entries_and_names_for_the_service_keep_a_connection() {
+    assert!(!ends(Some(SERVICE), &[], (SERVICE, OUTSIDE)));
+    let rules: &[(TierAction, &str)] =
+        &[(TierAction::Allow, SERVICE), (TierAction::Deny, "10.1.0.2")];
+    assert!(!ends(None, rules, (SERVICE, BAD)));
+    assert!(ends(
+        None,
+        &[(TierAction::Deny, "10.1.0.2")],
+        (SERVICE, BAD)
+    ));
+    let policy = compiled(Some("web.shop.test:80"), &[], &settings());
+    let named = policy.record.named;
+    assert!(!ends_for(&policy, (SERVICE, OUTSIDE), named));
+    assert!(ends_for(&policy, (SERVICE, OUTSIDE), ClassSet::EMPTY));
+    // Who writes a Service chooses this address.
+    assert!(ends_for(&policy, ("198.51.100.7:80", OUTSIDE), named));
+}
+
+#[test]
+fn connections_to_no_service_stay() {
+    let deny: &[(TierAction, &str)] = &[(TierAction::Deny, "10.1.0.2")];
+    for to in ["10.9.0.1:8080", "198.51.100.8:80", "198.51.100.7:81"] {
+        assert!(!ends(None, deny, (to, BAD)), "{to}");
+    }
+}
