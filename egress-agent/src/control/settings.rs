@@ -107,7 +107,14 @@ impl Settings {
             !claims.contains_key(resolver) && config.dns.resolvers.contains(resolver)
         });
         let mut before = self.claims.clone();
-        before.extend(std::mem::take(&mut self.passed));
+        let passed = std::mem::take(&mut self.passed);
+        // A claim that has ended again counts anew.
+        for resolver in passed.keys() {
+            if let Some(ended) = self.ended.get_mut(resolver) {
+                (ended.since, ended.is_over) = (now, false);
+            }
+        }
+        before.extend(passed);
         for (resolver, claim) in &before {
             if claims.contains_key(resolver) || !config.dns.resolvers.contains(resolver) {
                 continue;
@@ -241,7 +248,15 @@ mod tests {
         settings.take_services(&services, began);
         settings.claims = settings.claims_on(&config, began);
         assert!(settings.claims.contains_key(&resolver));
-        let later = began + CLAIMED_FOR;
+        // It comes and goes once more.
+        let again = began + CLAIMED_FOR / 2;
+        let mut services = Services::default();
+        services.note_passed(claiming().all().cloned().collect());
+        let services = Arc::new(services);
+        settings.take_services(&services, again);
+        settings.claims = settings.claims_on(&config, again);
+        assert_eq!(settings.unclaimed(began + CLAIMED_FOR), []);
+        let later = again + CLAIMED_FOR;
         settings.take_services(&services, later);
         assert_eq!(settings.unclaimed(later), [resolver]);
         settings.forget(&[resolver], later);

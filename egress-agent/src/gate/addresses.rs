@@ -138,7 +138,7 @@ impl Addresses {
         self.of_names.get(name).copied().unwrap_or(0)
     }
 
-    /// Takes what was removed out of the order and the counts.
+    /// Removes an address, which `all` has no more, from the order of use and from the counts.
     fn forget(&mut self, removed: Option<Placed>) -> Option<Learned> {
         let Placed { place, learned } = removed?;
         self.by_use.remove(&place);

@@ -15,7 +15,7 @@ use egress_common::{
     verdict::{Verdict, judge},
 };
 
-use super::{Known, Services, Transport, judge::Judge, whole::Endpoint};
+use super::{Known, Services, Transport, added::Of, judge::Judge, whole::Endpoint};
 use crate::compile::Compiled;
 
 /// A connection of a pod whose destination a node translates.
@@ -41,24 +41,16 @@ impl Transport {
     }
 }
 
-/// What kind of address of a Service a connection goes to.
-#[derive(Clone, Copy)]
-enum Of {
-    ClusterIp,
-    External,
-    NodePort,
-}
-
 /// The addresses and ports of Services.
-struct Places {
+struct ServiceAddresses {
     cluster: HashSet<IpAddr>,
     external: HashSet<(Transport, SocketAddr)>,
     node_ports: HashSet<(Transport, u16)>,
 }
 
-impl Places {
+impl ServiceAddresses {
     fn of(services: &Services) -> Self {
-        let mut places = Self {
+        let mut addresses = Self {
             cluster: HashSet::new(),
             external: HashSet::new(),
             node_ports: HashSet::new(),
@@ -68,7 +60,7 @@ impl Places {
             .into_iter()
             .filter_map(|name| services.whole(name))
         {
-            places
+            addresses
                 .cluster
                 .extend(service.cluster.iter().map(|cluster| cluster.ip));
             for port in &service.ports {
@@ -76,27 +68,27 @@ impl Places {
                 let external = service.external.iter();
                 let external =
                     external.map(|ip| (transport, SocketAddr::new(*ip, port.route.port)));
-                places.external.extend(external);
-                places
+                addresses.external.extend(external);
+                addresses
                     .node_ports
                     .extend(port.route.node_port.map(|port| (transport, port)));
             }
         }
-        places
+        addresses
     }
 }
 
 /// Judges connections that a node translates.
 pub struct Connections<'a> {
     known: &'a Known,
-    places: Places,
+    addresses: ServiceAddresses,
 }
 
 impl<'a> Connections<'a> {
     /// Of a cluster with these Services.
     pub fn new(known: &'a Known) -> Self {
         Self {
-            places: Places::of(&known.services),
+            addresses: ServiceAddresses::of(&known.services),
             known,
         }
     }
@@ -118,15 +110,16 @@ impl<'a> Connections<'a> {
             .collect()
     }
 
+    /// Which address of a Service the connection goes to; `None` if it goes to none.
     fn kind(&self, led: &Led) -> Option<Of> {
         let kinds = self.known.places.range(led.to.ip()).kinds;
-        if kinds & RANGE_SERVICES != 0 || self.places.cluster.contains(&led.to.ip()) {
+        if kinds & RANGE_SERVICES != 0 || self.addresses.cluster.contains(&led.to.ip()) {
             Some(Of::ClusterIp)
-        } else if self.places.external.contains(&(led.transport, led.to)) {
+        } else if self.addresses.external.contains(&(led.transport, led.to)) {
             Some(Of::External)
         } else if kinds & RANGE_INTERNAL != 0
             && self
-                .places
+                .addresses
                 .node_ports
                 .contains(&(led.transport, led.to.port()))
         {

@@ -129,7 +129,9 @@ impl Losses {
                         Part::Cluster(_) | Part::External(_) => Range::default(),
                         Part::Endpoint(_, endpoint) => places.range(endpoint.ip()),
                     };
-                    lost.entry(part).or_insert((now, range));
+                    // A part that is lost again counts anew, with the kind that its address had first.
+                    let again = lost.entry(part).and_modify(|(since, _)| *since = now);
+                    again.or_insert((now, range));
                 }
             }
             lost.retain(|part, _| !after.contains(part));
@@ -148,7 +150,7 @@ impl Losses {
         all.any(|(since, _)| now.duration_since(*since) >= LASTS)
     }
 
-    /// Forgets what has been lost for long enough at this time.
+    /// Forgets the parts that Services lost at least [`LASTS`] before `now`.
     pub fn forget(&mut self, now: Instant) {
         self.lost.retain(|_, lost| {
             lost.retain(|_, (since, _)| now.duration_since(*since) < LASTS);

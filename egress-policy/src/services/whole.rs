@@ -128,7 +128,7 @@ impl Whole {
         whole
     }
 
-    /// The same as a Service of which nothing is told to be lost.
+    /// A Service that has the lost parts beside the present ones.
     pub(super) fn into_service(self) -> Service {
         let cluster = self.cluster.into_iter();
         let ports = self.ports.into_iter().map(|port| {

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, UdpSocket},
     thread,
     time::{Duration, Instant},
 };
@@ -25,9 +25,9 @@ use crate::{
     },
 };
 
-/// How long what is lost counts, and time for a crowded machine.
+/// The minute for which a lost endpoint counts, and time for a crowded machine.
 const LONG: Duration = Duration::from_secs(150);
-/// What is lost counts for longer than this.
+/// A lost endpoint counts for longer than this.
 const MEANWHILE: Duration = Duration::from_secs(40);
 
 /// Makes the node translate connections that it does not know to this address only.
@@ -47,6 +47,16 @@ fn remember_udp(cluster: &Cluster) {
             fs::write(&path, "600").unwrap_or_else(|error| panic!("{path}: {error}"));
         }
     });
+}
+
+/// Asks a question on a connected socket, and returns the addresses of the response.
+fn ask(socket: &UdpSocket, id: u16, name: &str, timeout: Duration) -> Option<Vec<IpAddr>> {
+    let query = question(id, name, RecordType::A);
+    socket.set_read_timeout(Some(timeout)).expect("a time-out");
+    socket.send(&query).expect("send a query");
+    let mut buffer = [0; 512];
+    let length = socket.recv(&mut buffer).ok()?;
+    Some(Answer::read(&buffer[..length]).addresses)
 }
 
 /// Whether the pod's policy denies packets to an address and port, and the whole answer.
@@ -166,14 +176,7 @@ fn a_resolver_is_trusted_again_only_when_the_node_translates_nothing_there() {
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
     let socket = cart.net().udp_socket(at);
-    let ask = |id: u16, name: &str, timeout: Duration| {
-        let query = question(id, name, RecordType::A);
-        socket.set_read_timeout(Some(timeout)).expect("a time-out");
-        socket.send(&query).expect("send a query");
-        let mut buffer = [0; 512];
-        let length = socket.recv(&mut buffer).ok()?;
-        Some(Answer::read(&buffer[..length]).addresses)
-    };
+    let ask = |id, name, timeout| ask(&socket, id, name, timeout);
     // The node knows the Service before the agent does.
     translate(&cluster, (claimed, 53), (outside(9), 53));
     assert_eq!(ask(1, "a.shop.test", LONG), Some(vec![outside(11)]));
@@ -224,14 +227,7 @@ fn a_resolver_that_a_service_has_claimed_for_a_moment_is_not_trusted() {
     let agent = cluster.start_agent();
     agent.wait_enforcing(cart.net());
     let socket = cart.net().udp_socket(at);
-    let ask = |id: u16, name: &str, timeout: Duration| {
-        let query = question(id, name, RecordType::A);
-        socket.set_read_timeout(Some(timeout)).expect("a time-out");
-        socket.send(&query).expect("send a query");
-        let mut buffer = [0; 512];
-        let length = socket.recv(&mut buffer).ok()?;
-        Some(Answer::read(&buffer[..length]).addresses)
-    };
+    let ask = |id, name, timeout| ask(&socket, id, name, timeout);
     translate(&cluster, (claimed, 53), (outside(9), 53));
     assert_eq!(ask(1, "a.shop.test", LONG), Some(vec![outside(11)]));
     translate_only(&cluster, (outside(76), 53), (outside(9), 53));

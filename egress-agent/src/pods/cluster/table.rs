@@ -82,7 +82,7 @@ impl<R> Table<R> {
         }
     }
 
-    /// A table that keeps what was replaced or deleted just before.
+    /// A table that keeps replaced and deleted objects for [`REPLACED`].
     pub(super) fn keeping_replaced() -> Self {
         Self {
             replaced: Some(VecDeque::new()),
@@ -100,6 +100,7 @@ impl<R> Table<R> {
 }
 
 impl<R> Table<R> {
+    /// Keeps an object that was replaced or deleted, if the table keeps such.
     fn keep_replaced(&mut self, object: R) {
         if let Some(replaced) = &mut self.replaced {
             while replaced.len() >= REPLACED_MOST
@@ -113,7 +114,7 @@ impl<R> Table<R> {
         }
     }
 
-    /// What was replaced or deleted in the last seconds, if the table keeps it.
+    /// The objects that were replaced or deleted within [`REPLACED`]; none if the table does not keep them.
     pub(super) fn replaced(&self) -> impl Iterator<Item = &R> {
         let replaced = self.replaced.iter().flatten();
         let lately = replaced.filter(|(at, _)| at.elapsed() <= REPLACED);

@@ -51,7 +51,7 @@ impl Scene {
         verdict(&policy, to, Transport::Tcp) == Verdict::Pass
     }
 
-    /// Forgets what is due after this time.
+    /// Lets this time pass, and forgets the parts that were lost a minute before.
     fn pass_time(&mut self, time: Duration) {
         let now = self.began + time;
         self.losses.forget(now);
@@ -201,7 +201,18 @@ fn what_a_service_had_for_a_moment_counts_as_lost() {
     for to in [SERVICE, "10.96.0.9:80"] {
         assert!(!scene.passes(to), "{to}");
     }
+    // It is there for a moment again.
+    let again = Services::new([Arc::clone(&good)], Vec::new());
+    let again = Arc::new(Services {
+        passed: services.passed.clone(),
+        ..again
+    });
+    let later = scene.began + MINUTE / 2;
+    scene.losses.take(&again, &scene.places, later);
     scene.pass_time(MINUTE);
+    assert!(!scene.passes(SERVICE));
+    let services = again;
+    scene.pass_time(2 * MINUTE);
     // The same snapshot again is nothing new.
     scene.losses.take(&services, &scene.places, scene.began);
     for to in [SERVICE, "10.96.0.9:80"] {
