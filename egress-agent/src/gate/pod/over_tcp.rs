@@ -85,11 +85,7 @@ impl Pod {
             pod,
             ifindex,
         };
-        let mut step = Step {
-            decide: &mut judge,
-            out: &mut port,
-            now_ns,
-        };
+        let mut step = Step::new(&mut judge, &mut port, now_ns);
         run(&mut self.streams, &mut step, &mut shared.streams)
     }
 

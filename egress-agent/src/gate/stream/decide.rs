@@ -43,18 +43,42 @@ pub(in super::super) trait Decide {
     fn lost(&mut self, packet: &Packet, why: &'static str);
 }
 
+/// Most messages that are decided in one turn of a pod. A segment can have a thousand, and each can insert a part of its
+/// addresses.
+const MESSAGES: usize = 8;
+
 /// The context of one step of a connection.
 pub(in super::super) struct Step<'a, D, O> {
     pub(in super::super) decide: &'a mut D,
     pub(in super::super) out: &'a mut O,
     pub(in super::super) now_ns: u64,
+    /// How many more messages are decided in this turn.
+    messages_left: usize,
+}
+
+impl<'a, D, O> Step<'a, D, O> {
+    pub(in super::super) fn new(decide: &'a mut D, out: &'a mut O, now_ns: u64) -> Self {
+        Self {
+            decide,
+            out,
+            now_ns,
+            messages_left: MESSAGES,
+        }
+    }
+
+    /// Counts a message that is about to be decided. Returns false when it must wait for the pod's next turn.
+    pub(super) fn begin_message(&mut self) -> bool {
+        let has_left = self.messages_left > 0;
+        self.messages_left = self.messages_left.saturating_sub(1);
+        has_left
+    }
 }
 
 /// Whether the gate continues to follow the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Next {
     Keep,
-    /// The decision on a response is pending. Nothing else has been done that the same segment would not do again.
+    /// Some of the messages are not decided yet. Nothing else has been done that the same segment would not do again.
     Later,
     Forget,
 }

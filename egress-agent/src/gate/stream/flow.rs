@@ -54,6 +54,8 @@ enum Judged {
     Refused(Vec<u8>),
     /// One is not readable.
     Unreadable,
+    /// The next one is decided in the pod's next turn.
+    Later,
 }
 
 pub(super) struct Flow {
@@ -174,6 +176,7 @@ impl Flow {
             Judged::Allowed => {}
             Judged::Refused(refusal) => return self.split(&refusal, step),
             Judged::Unreadable => return self.fail(step.out),
+            Judged::Later => return Next::Later,
         }
         if self.asked.is_cut() {
             return self.lose(segment.packet, "ended within a query", step);
@@ -207,6 +210,9 @@ impl Flow {
             let Some(message) = self.asked.message() else {
                 return Judged::Allowed;
             };
+            if !step.begin_message() {
+                return Judged::Later;
+            }
             match step.decide.question(message, packet) {
                 Asked::Allowed(question) => {
                     step.decide.ask(&question, packet, &mut self.pending);
@@ -267,6 +273,9 @@ impl Flow {
             self.answered.end_at(segment.end(position));
         }
         while let Some(message) = self.answered.message() {
+            if !step.begin_message() {
+                return Next::Later;
+            }
             let pending = &mut self.pending;
             match step.decide.answer(message, segment.packet, pending) {
                 Poll::Ready(Answered::Delivered) => {}

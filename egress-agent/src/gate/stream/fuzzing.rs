@@ -276,14 +276,16 @@ impl Scene {
                 };
             }
         }
-        let mut step = Step {
-            now_ns: self.decisions.now_ns,
-            decide: &mut self.decisions,
-            out: &mut self.line,
-        };
+        let now_ns = self.decisions.now_ns;
         while self
             .streams
-            .segment(&frame, &packet, to, &mut step, &mut self.budget)
+            .segment(
+                &frame,
+                &packet,
+                to,
+                &mut Step::new(&mut self.decisions, &mut self.line, now_ns),
+                &mut self.budget,
+            )
             .is_pending()
         {}
         self.check_invariants();
@@ -291,11 +293,8 @@ impl Scene {
 
     fn tick(&mut self, ns: u64) {
         self.decisions.now_ns += ns;
-        let mut step = Step {
-            now_ns: self.decisions.now_ns,
-            decide: &mut self.decisions,
-            out: &mut self.line,
-        };
+        let now_ns = self.decisions.now_ns;
+        let mut step = Step::new(&mut self.decisions, &mut self.line, now_ns);
         self.streams.tick(&step, &mut self.budget);
         while self.streams.has_due() {
             self.streams.repeat_next(&mut step, &mut self.budget);

@@ -100,8 +100,8 @@ impl Streams {
         }
     }
 
-    /// Decides a segment on its way to the end `to`. Pending while the decision on a response is: the same segment must
-    /// then be decided again in a later turn.
+    /// Decides a segment on its way to the end `to`. Pending while not all of its messages are decided: the same segment
+    /// must then be decided again in a later turn.
     pub(super) fn segment<D: Decide, O: Out>(
         &mut self,
         frame: &[u8],

@@ -33,10 +33,6 @@ const UNREAD_LIMIT: usize = 64 << 10;
 /// The length of a DNS header (RFC 1035, section 4.1.1). A shorter message is none.
 const HEADER: usize = 12;
 
-/// Most responses of one step that are left out. A resolver that sends more of them at once costs the gate time, and
-/// helps nobody.
-const LEFT_OUT: usize = 16;
-
 /// The ends to which the gate owes an acknowledgment.
 #[derive(Clone, Copy, Default)]
 struct Owed {
@@ -269,13 +265,15 @@ impl Split {
         step: &mut Step<'_, D, O>,
     ) -> Next {
         let packet = flow.ends.packet(To::Pod);
-        let mut left_out = 0;
         while let Some(message) = flow.answered.message() {
             self.pump(flow, To::Pod, step);
             let len = PREFIX + message.len();
             let is_full = self.to_pod.kept() > 0 && self.to_pod.kept() + len > ANSWERED_LIMIT;
             if is_full || self.to_pod.has_unsent() {
                 return Next::Keep;
+            }
+            if !step.begin_message() {
+                return Next::Later;
             }
             let Poll::Ready(answered) = step.decide.answer(message, &packet, &mut flow.pending)
             else {
@@ -287,9 +285,8 @@ impl Split {
                 self.to_pod
                     .push(message.get(self.begun..).unwrap_or_default());
             } else {
-                left_out += 1;
                 // If the pod has its beginning, the rest of the response would have to come next.
-                if self.begun > 0 || message.len() < HEADER || left_out > LEFT_OUT {
+                if self.begun > 0 || message.len() < HEADER {
                     return self.fail(flow, step.out);
                 }
             }
@@ -331,6 +328,9 @@ impl Split {
                 || self.deferred.len() >= ASKED_LIMIT
             {
                 return Next::Keep;
+            }
+            if !step.begin_message() {
+                return Next::Later;
             }
             match step.decide.question(message, &packet) {
                 Asked::Allowed(question) => {

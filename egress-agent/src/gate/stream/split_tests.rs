@@ -188,10 +188,24 @@ fn messages_that_are_no_responses_end_a_split_connection() {
         scene.is_reset(&seen);
         assert_eq!(scene.rules.answers.len(), 1, "no further one is decided");
     }
-    // As long as a header, and very many.
+}
+
+#[test]
+fn many_messages_in_one_segment_of_a_split_connection_take_several_turns() {
     let mut scene = Scene::new();
-    scene.asks(0, &asking("no"));
-    let seen = scene.answers(0, &framed(b"no message at all").repeat(60), 0);
-    scene.is_reset(&seen);
-    assert!(scene.rules.answers.len() < 20);
+    let refusal = framed(b"refused");
+    let refused = asking("no").len();
+    let before = scene.turns;
+    // As many as the resolver's window takes.
+    let questions = [asking("no"), asking("ask").repeat(19)].concat();
+    let seen = scene.asks(0, &questions);
+    assert_eq!(stream(&seen, To::Resolver, ISN), questions[refused..]);
+    assert_eq!(scene.turns - before, 3);
+
+    let behind = ISS.wrapping_add(refusal.len() as u32);
+    let answers = [framed(b"no answer at all").repeat(39), framed(b"an answer")].concat();
+    let before = scene.turns;
+    let seen = scene.answers(0, &answers, questions.len() - refused);
+    assert_eq!(stream(&seen, To::Pod, behind), framed(b"an answer"));
+    assert_eq!(scene.turns - before, 5);
 }
