@@ -378,7 +378,10 @@ pub extern "C" fn note_call(pod: u32, key: *const FlowKey, now_ns: u64) -> u32 {
     if let Some(known) = called.get_ptr_mut(peer) {
         // SAFETY: the memory stays an entry of this map until the program ends.
         unsafe { (*known).last_seen_ns = now_ns };
-        return 1;
+        // The agent may have removed it before the write.
+        if called.get_ptr(peer).is_some() {
+            return 1;
+        }
     }
     count_full(PodId::new(pod));
     0
