@@ -36,6 +36,8 @@ use crate::{
 const EVERY: Duration = Duration::from_secs(10);
 /// The pause after it was read, in multiples of the time that this has taken: the table may be large.
 const PAUSE: u32 = 50;
+/// The longest pause.
+const LONGEST: Duration = Duration::from_secs(60);
 
 /// The last time that the connections were judged.
 pub(super) struct Judged {
@@ -71,7 +73,7 @@ impl Applier {
                 settings.forget(&unclaimed, began);
             }
             self.translations = Judged {
-                due: Instant::now() + EVERY.max(began.elapsed() * PAUSE),
+                due: Instant::now() + (began.elapsed() * PAUSE).clamp(EVERY, LONGEST),
                 problem: done.err().map(|error| format!("{error:#}")),
             };
         }
