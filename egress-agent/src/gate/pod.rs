@@ -98,6 +98,7 @@ pub(super) struct Pod {
 struct Tallies {
     segments_damaged: Tally,
     fragments_late: Tally,
+    notes_without_room: Tally,
     has_logged_names_lost: bool,
 }
 
@@ -219,6 +220,14 @@ impl Pod {
                 %pod,
                 fragments,
                 "fragments dropped: repeated, or with the identification of an earlier datagram"
+            );
+        }
+        if let Some(notes) = tallies.notes_without_room.due(now_ns) {
+            tracing::warn!(
+                %pod,
+                notes,
+                "the pod's allow map has no room for addresses that the programs have learned: the pod reaches \
+                 them until their names expire, or until its policy is edited"
             );
         }
         if let Some((times, error)) = self.learned.failures.due(now_ns) {

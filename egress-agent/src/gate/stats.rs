@@ -92,6 +92,8 @@ pub struct Stats {
     pub backlog_full: Counter,
     /// Names that could not be kept for the next agent.
     pub names_not_kept: Counter,
+    /// Notes of the programs about addresses for which the allow map has no room.
+    pub notes_without_room: Counter,
     /// 1 when the resolvers are known to walk search lists.
     pub walks_search_lists: Gauge,
     /// Addresses in all allow maps, at the last tick.
@@ -118,6 +120,7 @@ impl Default for Stats {
             unsent: Counter::default(),
             backlog_full: Counter::default(),
             names_not_kept: Counter::default(),
+            notes_without_room: Counter::default(),
             walks_search_lists: Gauge::default(),
             addresses: Gauge::default(),
             fullest: Gauge::default(),

@@ -482,6 +482,11 @@ fn dns(page: &mut Page<'_>, stats: &Stats) -> Result<(), Error> {
             "Names of allowed addresses that could not be kept for the next agent",
             stats.names_not_kept.get(),
         ),
+        (
+            "notes_without_room",
+            "Addresses that the programs have learned and for which the pod's allow map has no room",
+            stats.notes_without_room.get(),
+        ),
     ] {
         page.counter(&format!("egress_agent_{name}"), help, value)?;
     }

@@ -167,6 +167,7 @@ fn losses(sources: &Sources) -> anyhow::Result<BTreeMap<String, u64>> {
         ("dns_backlog_full", stats.backlog_full.get()),
         ("frames_unsent", stats.unsent.get()),
         ("names_not_kept", stats.names_not_kept.get()),
+        ("notes_without_room", stats.notes_without_room.get()),
         ("log_lines_lost", log::lost_lines()),
     ]
     .map(|(what, count)| (what.to_owned(), count))

@@ -30,7 +30,7 @@ use super::{
     },
     InterfaceMap, Pod, Shared, boottime_ns,
 };
-use crate::datapath::Decided;
+use crate::datapath::{AllowError, Decided};
 use egress_dns::{Name, Question, read_question};
 
 /// The shift of the number in an interface's flags that is another one each time when learning starts.
@@ -279,9 +279,14 @@ impl Pod {
             &[answered],
             boottime_ns(),
         );
-        if let Err(error) = learned {
-            // The programs have the address until it expires. An edit of the policy before that closes it.
-            self.learned.failures.add(error);
+        // The programs have the address until it expires. An edit of the policy before that closes it.
+        match learned {
+            Ok(()) => {}
+            Err(AllowError::Full) => {
+                shared.context.stats.notes_without_room.add(1);
+                self.tallies.notes_without_room.add(1);
+            }
+            Err(error) => self.learned.failures.add(error),
         }
     }
 
