@@ -17,7 +17,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    thread,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
@@ -93,28 +93,44 @@ fn serve(lab: &Lab) {
     });
 }
 
-/// An attack; it runs while [`Attack::on`] is true.
+/// An attack; it runs while [`State::on`] is true, and ends when it is dropped.
 #[derive(Default)]
 struct Attack {
-    on: Arc<AtomicBool>,
+    state: Arc<State>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct State {
+    on: AtomicBool,
+    is_over: AtomicBool,
     /// The number of costly responses that arrived, or of queries that were sent.
-    messages: Arc<AtomicU64>,
+    messages: AtomicU64,
+}
+
+impl Drop for Attack {
+    fn drop(&mut self) {
+        self.state.is_over.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            thread.join().expect("the attack has not failed");
+        }
+    }
 }
 
 impl Attack {
     /// Costly responses, on all connections at a time.
     fn costly_responses(pod: &Pod) -> Self {
-        let attack = Self::default();
+        let mut attack = Self::default();
         for id in 0..CONNECTIONS {
-            let (on, answers) = (Arc::clone(&attack.on), Arc::clone(&attack.messages));
+            let state = Arc::clone(&attack.state);
             let mut stream = pod.reach_tcp((RESOLVER, 53));
             stream
                 .set_read_timeout(Some(Duration::from_secs(120)))
                 .expect("a time-out");
             let asked = question(id as u16, "big.test", RecordType::A);
-            thread::spawn(move || {
-                loop {
-                    if !on.load(Ordering::Relaxed) {
+            attack.threads.push(thread::spawn(move || {
+                while !state.is_over.load(Ordering::Relaxed) {
+                    if !state.on.load(Ordering::Relaxed) {
                         thread::sleep(Duration::from_millis(5));
                         continue;
                     }
@@ -124,30 +140,31 @@ impl Attack {
                     {
                         return;
                     }
-                    answers.fetch_add(1, Ordering::Relaxed);
+                    state.messages.fetch_add(1, Ordering::Relaxed);
                 }
-            });
+            }));
         }
         attack
     }
+
     /// Queries for new names, [`FLOOD`] of them each millisecond.
     fn flood(pod: &Pod) -> Self {
-        let attack = Self::default();
-        let (on, sent) = (Arc::clone(&attack.on), Arc::clone(&attack.messages));
+        let mut attack = Self::default();
+        let state = Arc::clone(&attack.state);
         let socket = pod.udp_socket((RESOLVER, 53));
-        thread::spawn(move || {
-            loop {
+        attack.threads.push(thread::spawn(move || {
+            while !state.is_over.load(Ordering::Relaxed) {
                 let began = Instant::now();
-                if on.load(Ordering::Relaxed) {
+                if state.on.load(Ordering::Relaxed) {
                     for _ in 0..FLOOD {
                         // The device may have no room.
                         let _ = socket.send(&dns::question(dns::fresh()));
                     }
-                    sent.fetch_add(FLOOD, Ordering::Relaxed);
+                    state.messages.fetch_add(FLOOD, Ordering::Relaxed);
                 }
                 thread::sleep(Duration::from_millis(1).saturating_sub(began.elapsed()));
             }
-        });
+        }));
         attack
     }
 }
@@ -159,17 +176,17 @@ fn measure(client: &Client, names: u32, attack: &Attack, what: &str) {
     let mut messages = 0;
     for _ in 0..ROUNDS {
         for (on, (p50, p99)) in [(false, &mut quiet), (true, &mut attacked)] {
-            attack.on.store(on, Ordering::Relaxed);
+            attack.state.on.store(on, Ordering::Relaxed);
             // Waits until the last messages have arrived, or the first are on their way.
             thread::sleep(Duration::from_secs(1));
-            let before = attack.messages.load(Ordering::Relaxed);
+            let before = attack.state.messages.load(Ordering::Relaxed);
             let taken = client.latencies(names);
-            messages += attack.messages.load(Ordering::Relaxed) - before;
+            messages += attack.state.messages.load(Ordering::Relaxed) - before;
             p50.push(quantile(&taken, 0.5));
             p99.push(quantile(&taken, 0.99));
         }
     }
-    attack.on.store(false, Ordering::Relaxed);
+    attack.state.on.store(false, Ordering::Relaxed);
     println!(
         "\n{ROUNDS} rounds of {names} fresh names of the neighbour, one by one, without and with {what}.\n"
     );

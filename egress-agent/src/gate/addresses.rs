@@ -21,6 +21,8 @@ pub(super) struct Addresses {
     next: Place,
     /// How many addresses have the name.
     of_names: HashMap<Arc<Name>, usize>,
+    /// How many names have this many addresses, by the number of addresses. The last one is not 0.
+    names_with: Vec<usize>,
 }
 
 struct Placed {
@@ -50,6 +52,7 @@ impl Addresses {
             by_use: BTreeMap::new(),
             next: Place::default(),
             of_names: HashMap::new(),
+            names_with: Vec::new(),
         }
     }
 
@@ -98,7 +101,10 @@ impl Addresses {
     /// Stores an address as the most recently used one.
     pub(super) fn put(&mut self, address: Address, learned: Learned) {
         for source in &learned.sources {
-            *self.of_names.entry(Arc::clone(&source.name)).or_default() += 1;
+            let addresses = self.of_names.entry(Arc::clone(&source.name)).or_default();
+            *addresses += 1;
+            let now = *addresses;
+            self.recount(now - 1, now);
         }
         let place = self.next;
         self.next = place.next();
@@ -138,6 +144,11 @@ impl Addresses {
         self.of_names.get(name).copied().unwrap_or(0)
     }
 
+    /// The most addresses that one name has.
+    pub(super) fn most_of_a_name(&self) -> usize {
+        self.names_with.len().saturating_sub(1)
+    }
+
     /// Removes an address, which `all` has no more, from the order of use and from the counts.
     fn forget(&mut self, removed: Option<Placed>) -> Option<Learned> {
         let Placed { place, learned } = removed?;
@@ -152,9 +163,27 @@ impl Addresses {
                 continue;
             };
             *addresses -= 1;
-            if *addresses == 0 {
+            let now = *addresses;
+            if now == 0 {
                 self.of_names.remove(&source.name);
             }
+            self.recount(now + 1, now);
+        }
+    }
+
+    /// Notes that a name has another number of addresses.
+    fn recount(&mut self, before: usize, now: usize) {
+        if self.names_with.len() <= now {
+            self.names_with.resize(now + 1, 0);
+        }
+        if before > 0 {
+            self.names_with[before] -= 1;
+        }
+        if now > 0 {
+            self.names_with[now] += 1;
+        }
+        while self.names_with.last() == Some(&0) {
+            self.names_with.pop();
         }
     }
 }
@@ -233,6 +262,8 @@ mod tests {
                 prop_assert_eq!(addresses.count_of(name), count);
             }
             prop_assert_eq!(addresses.of_names.len(), counts.len());
+            let most = counts.values().copied().max().unwrap_or(0);
+            prop_assert_eq!(addresses.most_of_a_name(), most);
         }
     }
 }

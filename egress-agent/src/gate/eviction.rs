@@ -26,12 +26,12 @@ const BATCH_PART: usize = 16;
 /// addresses evicts only its own.
 const NAME_PART: usize = 4;
 
-/// Most addresses that are looked at in one part of a search: that takes some 50 µs.
-const SEARCH_PART: usize = 512;
+/// Most addresses and names that are looked at in one part of a search: that takes some 40 µs.
+const SEARCH_PART: usize = 128;
 
-/// Most addresses that are evicted in a turn, unless more places are wanted at once. The rest of a batch follows in the
-/// pod's next turns, so that no other pod waits for the removal of all.
-const AT_ONCE: usize = 32;
+/// Most addresses and names that are removed in a turn, unless more places are wanted at once: each costs the kernel some
+/// microseconds. The rest of a batch follows in the pod's next turns, so that no other pod waits for the removal of all.
+pub(super) const AT_ONCE: usize = 8;
 
 /// How long addresses stay chosen: a flow that the pod opens meanwhile is not seen.
 const CHOSEN_NS: u64 = 5_000_000;
@@ -124,7 +124,7 @@ impl Chosen {
         self.candidates.len()
     }
 
-    /// Takes `wanted` addresses or a few more, as long as there are any that may still be evicted.
+    /// Takes `wanted` addresses, or a few more if they are fewer than [`AT_ONCE`], as long as there are any that may still be evicted.
     fn take(
         &mut self,
         wanted: usize,
@@ -136,13 +136,15 @@ impl Chosen {
         if self.is_over(now_ns) {
             self.candidates.clear();
         }
-        let mut taken = Vec::new();
-        while taken.len() < wanted.max(AT_ONCE)
+        let (mut taken, mut removals) = (Vec::new(), 0);
+        while (taken.len() < wanted || removals < AT_ONCE)
             && let Some(candidate) = self.candidates.pop_front()
         {
             if !spared.contains(&candidate.address)
                 && candidate.is_still_one(addresses, allow, now_ns)
             {
+                let learned = addresses.peek(&candidate.address);
+                removals += 1 + learned.map_or(0, |learned| learned.sources.len());
                 taken.push(candidate.address);
             }
         }
@@ -204,13 +206,15 @@ impl Search {
             self.has_open = true;
         }
         let crowd = Crowd::of(addresses, allow.capacity());
-        for (number, (place, address, learned)) in addresses.from(self.next).enumerate() {
+        let mut looked_at = 0;
+        for (place, address, learned) in addresses.from(self.next) {
             if place >= self.end || self.has_enough() {
                 return Poll::Ready(Ok(()));
             }
-            if number == SEARCH_PART {
+            if looked_at >= SEARCH_PART {
                 return Poll::Pending;
             }
+            looked_at += 1 + crowd.names_to_look_at(learned);
             self.next = place.next();
             if spared.contains(&address) || self.open.to.contains(&address) {
                 continue;
@@ -384,13 +388,27 @@ impl<'a> Crowd<'a> {
         Self { addresses, part }
     }
 
+    /// How many names must be looked at to tell whether an address is crowding: none if no name has so many addresses.
+    fn names_to_look_at(&self, learned: &Learned) -> usize {
+        if self.addresses.most_of_a_name() <= self.part {
+            return 0;
+        }
+        learned.sources.len()
+    }
+
     fn priority(&self, learned: &Learned, now_ns: u64) -> Priority {
         if learned.expires_ns() <= now_ns {
             return Priority::Expired;
         }
+        if self.names_to_look_at(learned) == 0 {
+            return Priority::Live;
+        }
         let is_crowding = |name| self.addresses.count_of(name) > self.part;
-        let mut sources = learned.sources.iter();
-        if !learned.sources.is_empty() && sources.all(|source| is_crowding(&source.name)) {
+        if learned
+            .sources
+            .iter()
+            .all(|source| is_crowding(&source.name))
+        {
             Priority::Crowding
         } else {
             Priority::Live

@@ -182,7 +182,7 @@ fn a_response_of_thousands_of_addresses_is_complete_whatever_is_inserted_meanwhi
         }
         begun = continued(&mut table);
         turns += 1;
-        assert!(turns < 300, "it makes no progress");
+        assert!(turns < 2000, "it makes no progress");
     }
     for one in &all {
         assert!(allow.entries.contains_key(&one.address));
@@ -229,16 +229,16 @@ fn a_batch_is_evicted_in_parts_and_without_what_is_used_again() {
     learn(&old, 0);
     // The first of a batch of 128.
     let (evicted, left) = learn(&many(5000, 1), SECOND);
-    assert_eq!((evicted, left), (32, CAPACITY - 31));
+    assert_eq!((evicted, left), (4, CAPACITY - 3));
     // The next ones of the batch would be these.
-    learn(&old[32..64], SECOND);
+    learn(&old[4..36], SECOND);
     for number in 0..40 {
         learn(&many(5001 + number, 1), SECOND);
     }
     assert!(
-        old[32..64]
+        old[4..36]
             .iter()
             .all(|one| allow.entries.contains_key(&one.address))
     );
-    assert!(!allow.entries.contains_key(&old[64].address));
+    assert!(!allow.entries.contains_key(&old[36].address));
 }

@@ -45,9 +45,12 @@ const BATCH: usize = 64;
 /// The greatest age of a message that was held before the gate read the ring: a stub resolver waits five
 /// seconds before it repeats a query.
 const STILL_WAITED_NS: u64 = 4_000_000_000;
-/// How long the gate works on the backlogs of pods over their shares, and again on the notes of the programs, before it
-/// reads the ring again.
-const SLICE_NS: u64 = 100_000;
+/// How long the gate works on the backlogs of pods over their shares before it sends frames. It reads the ring after each
+/// message.
+const BACKLOGS_NS: u64 = 100_000;
+
+/// How long the gate works on the notes of the programs before it reads the ring again.
+const NOTES_NS: u64 = 20_000;
 
 /// How long the gate works on changes of policies before it reads the ring again: a fifth of the time that a batch of
 /// messages takes. As long it reads notes for somebody who asks for names.
@@ -136,8 +139,8 @@ impl Runner {
             self.send();
             decided += self.continue_changes();
             decided += self.work_on_backlogs();
-            decided += self.take_notes_for(SLICE_NS);
             self.send();
+            decided += self.take_notes_for(NOTES_NS);
             let now = Instant::now();
             if now >= next_tick {
                 self.tick();
@@ -217,20 +220,28 @@ impl Runner {
         })
     }
 
-    /// Decides messages of the backlogs for a short while; returns how many.
+    /// Decides messages of the backlogs for a short while, until a new message comes. Returns how many it has decided with
+    /// that one.
     fn work_on_backlogs(&mut self) -> usize {
         let began_ns = self.turns.now_ns();
         let mut decided = 0;
-        // A turn may queue many frames, and sending them takes longer than queueing them.
-        while decided < BATCH
-            && self.shared.frame_sender.frames() < BATCH
-            && let Some(pod) = self.turns.next(&mut self.pods)
-        {
+        let mut most_frames = BATCH;
+        while decided < BATCH && self.shared.frame_sender.frames() < most_frames {
+            // Sending frames takes longer than queueing them, so those of one pod are sent together. They do not wait for
+            // the turns of other pods.
+            most_frames = if self.turns.has_others() { 1 } else { BATCH };
+            let Some(pod) = self.turns.next(&mut self.pods) else {
+                break;
+            };
             let is_last = pod.take_turn(&self.interfaces, &mut self.shared, &mut self.waiting);
             pod.spend(&mut self.turns);
             self.turns.end(is_last);
             decided += 1;
-            if self.turns.now_ns().saturating_sub(began_ns) > SLICE_NS {
+            if self.take_next() {
+                decided += 1;
+                break;
+            }
+            if self.turns.now_ns().saturating_sub(began_ns) > BACKLOGS_NS {
                 break;
             }
         }

@@ -13,7 +13,7 @@
 const PART: u64 = 20;
 
 /// The time that a pod may use at once after it has used less than its share for a while.
-const BURST_NS: i64 = 1_000_000;
+const BURST_NS: i64 = 250_000;
 
 /// The greatest debt of a pod. It orders pods that are all over their shares, and is paid back from the pod's
 /// share.
@@ -64,12 +64,12 @@ mod tests {
     #[test]
     fn a_pod_has_a_twentieth_of_the_time_and_a_short_burst() {
         let mut share = Share::new(0);
-        share.spend(MS / 2, 0);
+        share.spend(MS / 5, 0);
         assert!(share.is_left(0));
-        share.spend(MS, 0);
+        share.spend(MS / 2, 0);
         assert!(!share.is_left(0));
-        assert!(!share.is_left(10 * MS), "half a millisecond is paid back");
-        assert!(share.is_left(11 * MS));
+        assert!(!share.is_left(9 * MS), "0.45 ms is paid back");
+        assert!(share.is_left(10 * MS));
         assert_eq!(share.balance(3600 * 1000 * MS), BURST_NS);
     }
 
@@ -87,7 +87,8 @@ mod tests {
         for _ in 0..3 {
             share.spend(MS, 5);
         }
-        assert_eq!(share.balance(5), -2 * MS.cast_signed());
-        assert_eq!(share.balance(0), -2 * MS.cast_signed());
+        let balance = BURST_NS - 3 * MS.cast_signed();
+        assert_eq!(share.balance(5), balance);
+        assert_eq!(share.balance(0), balance);
     }
 }

@@ -47,6 +47,11 @@ impl Turns {
         self.pods.is_empty()
     }
 
+    /// Whether several pods wait.
+    pub(super) fn has_others(&self) -> bool {
+        self.pods.len() > 1
+    }
+
     /// Adds a pod whose backlog, or whose repetitions, wait now.
     pub(super) fn add(&mut self, pod: PodId) {
         if !self.pods.contains(&pod) {
