@@ -92,6 +92,10 @@ impl CarryOver {
         now_ns: u64,
     ) -> Result<Self, AllowError> {
         let mut next = Table::new();
+        next.has_queued = before.has_queued;
+        if before.unsent != Place::LAST {
+            next.unsent = Place::default();
+        }
         for (&address, name) in before.protected.iter().rev() {
             next.remember_protected(address, name);
         }
@@ -140,6 +144,14 @@ impl CarryOver {
             done += 1 + learned.sources.len();
             self.carry(before, address, learned, rules, allow, now_ns)?;
             self.next_place = place.next();
+            // The addresses of responses that wait to be sent are still not evicted for others.
+            let end = self.next.addresses.end();
+            if place < before.message_from {
+                self.next.message_from = end;
+            }
+            if before.unsent != Place::LAST && place < before.unsent {
+                self.next.unsent = end;
+            }
         }
         Ok(false)
     }

@@ -217,6 +217,45 @@ fn the_responses_of_one_segment_do_not_evict_each_other() {
     assert!((1..4).all(|number| has(&allow, number)) && has(&allow, 5000));
 }
 
+/// After an edit, the rest of a segment gets the room of what the segment has not brought.
+#[test]
+fn an_edit_keeps_the_addresses_that_wait_to_be_sent_and_no_others() {
+    // Whether the second response still waits in the queue.
+    for has_queued in [false, true] {
+        let (mut table, mut allow) = (Table::new(), fake(4));
+        for number in 0..2 {
+            table.begin_decision(false, false);
+            use_again(&mut table, &mut allow, number, LATE);
+        }
+        table.begin_decision(false, has_queued);
+        for number in 2..4 {
+            use_again(&mut table, &mut allow, number, LATE);
+            table.begin_decision(true, has_queued);
+        }
+        let mut allow_after = fake(4);
+        let mut after = table
+            .carry_over(&everything(), false, &mut allow_after, NOW)
+            .unwrap();
+        after.begin_decision(true, has_queued);
+        let mut learn = |last| {
+            let (new, mut room) = ([numbered(last, LATE)], Room::default());
+            let mut name = Arc::new(name("new.test"));
+            let all = (new.as_slice(), &mut room);
+            after.insert(&mut allow_after, &mut name, grant(1), &new, all, NOW)
+        };
+        assert!(matches!(learn(5000), Poll::Ready(Ok(()))));
+        let second = learn(5001);
+        if has_queued {
+            assert!(second.is_pending(), "{second:?}");
+        } else {
+            assert!(matches!(second, Poll::Ready(Ok(()))), "{second:?}");
+            assert!(matches!(learn(5002), Poll::Ready(Err(AllowError::Full))));
+        }
+        assert!((2..4).all(|number| has(&allow_after, number)));
+        assert!(!has(&allow_after, 0) && has(&allow_after, 1) == has_queued);
+    }
+}
+
 #[test]
 fn an_edit_during_the_choice_carries_every_address_over() {
     let (mut table, mut allow) = full(CAPACITY);

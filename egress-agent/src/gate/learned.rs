@@ -157,7 +157,6 @@ impl Table {
             expired_ns: 0,
             unsent: Place::LAST,
             has_queued: false,
-            // If a decision goes on with this table, the earlier one had the addresses of its responses.
             message_from: Place::default(),
             full_until_ns: 0,
             chosen: Chosen::default(),
