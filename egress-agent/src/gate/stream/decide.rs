@@ -78,7 +78,7 @@ impl<'a, D, O> Step<'a, D, O> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Next {
     Keep,
-    /// Some of the messages are not decided yet. Nothing else has been done that the same segment would not do again.
+    /// Some of the messages are not decided yet. The same segment must be handled again.
     Later,
     Forget,
 }

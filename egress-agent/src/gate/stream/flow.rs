@@ -11,7 +11,7 @@ mod resets;
 mod timers;
 mod windows;
 
-use std::task::Poll;
+use std::task::{Poll, ready};
 
 use egress_common::{
     ids::IfIndex,
@@ -176,24 +176,28 @@ impl Flow {
             Judged::Allowed => {}
             Judged::Refused(refusal) => return self.split(&refusal, step),
             Judged::Unreadable => return self.fail(step.out),
-            Judged::Later => return Next::Later,
+            Judged::Later => {
+                // No edit of the policy may come between the decision and this.
+                if self.asked.allowed > self.asked.sent {
+                    self.put_questions(segment, position, step.out);
+                }
+                return Next::Later;
+            }
         }
         if self.asked.is_cut() {
             return self.lose(segment.packet, "ended within a query", step);
         }
-        let size = self.size_of(segment);
-        let put = put_allowed(
-            &mut self.asked,
-            segment,
-            position,
-            size,
-            To::Resolver,
-            step.out,
-        );
+        let put = self.put_questions(segment, position, step.out);
         if put != Put::Sent || self.asked.next() > self.asked.allowed {
             self.acknowledge_questions(step);
         }
         self.keep_or_forget()
+    }
+
+    /// Puts back the queries that are allowed.
+    fn put_questions(&mut self, segment: &Segment<'_>, position: i64, out: &mut impl Out) -> Put {
+        let (size, to) = (self.size_of(segment), To::Resolver);
+        put_allowed(&mut self.asked, segment, position, size, to, out)
     }
 
     /// Decides the complete queries, up to the first one that is refused.
@@ -272,17 +276,17 @@ impl Flow {
         if segment.has(TCP_FIN) {
             self.answered.end_at(segment.end(position));
         }
-        while let Some(message) = self.answered.message() {
-            if !step.begin_message() {
+        match self.judge_answers(segment, step) {
+            Poll::Ready(Answered::Delivered) => {}
+            Poll::Ready(Answered::Withheld) => return self.fail(step.out),
+            Poll::Pending => {
+                // Their addresses are in the allow map now, and may not be there for long.
+                self.answered.allowed = self.answered.allowed.max(self.answered.parsed());
+                if self.answered.allowed > self.answered.sent {
+                    self.put_answers(segment, position, step.out);
+                }
                 return Next::Later;
             }
-            let pending = &mut self.pending;
-            match step.decide.answer(message, segment.packet, pending) {
-                Poll::Ready(Answered::Delivered) => {}
-                Poll::Ready(Answered::Withheld) => return self.fail(step.out),
-                Poll::Pending => return Next::Later,
-            }
-            self.answered.take_message();
         }
         let beginning = self.answered.beginning();
         if !beginning.is_empty()
@@ -296,15 +300,7 @@ impl Flow {
         // The beginning of a message is put back: a sender with a small window waits for its acknowledgment
         // before it sends the rest.
         self.answered.allowed = self.answered.next();
-        let size = self.size_of(segment);
-        let put = put_allowed(
-            &mut self.answered,
-            segment,
-            position,
-            size,
-            To::Pod,
-            step.out,
-        );
+        let put = self.put_answers(segment, position, step.out);
         if put == Put::Old {
             let acknowledgment = Own {
                 seq: self.asked.sent_seq(),
@@ -316,6 +312,32 @@ impl Flow {
             self.ends.put_own(To::Resolver, &acknowledgment, step.out);
         }
         self.keep_or_forget()
+    }
+
+    /// Decides the complete responses, up to the first one that must not be delivered.
+    fn judge_answers<D: Decide, O: Out>(
+        &mut self,
+        segment: &Segment<'_>,
+        step: &mut Step<'_, D, O>,
+    ) -> Poll<Answered> {
+        while let Some(message) = self.answered.message() {
+            if !step.begin_message() {
+                return Poll::Pending;
+            }
+            let pending = &mut self.pending;
+            let answered = ready!(step.decide.answer(message, segment.packet, pending));
+            if answered == Answered::Withheld {
+                return Poll::Ready(answered);
+            }
+            self.answered.take_message();
+        }
+        Poll::Ready(Answered::Delivered)
+    }
+
+    /// Puts back the responses that are allowed.
+    fn put_answers(&mut self, segment: &Segment<'_>, position: i64, out: &mut impl Out) -> Put {
+        let (size, to) = (self.size_of(segment), To::Pod);
+        put_allowed(&mut self.answered, segment, position, size, to, out)
     }
 
     fn open<D, O: Out>(&mut self, segment: &Segment<'_>, step: &mut Step<'_, D, O>) {

@@ -233,6 +233,12 @@ impl Split {
         if next == Next::Keep {
             next = self.take_questions(flow, step);
         }
+        if next == Next::Later {
+            // No edit of the policy may come between the decisions and this.
+            for to in [To::Resolver, To::Pod] {
+                self.pump(flow, to, step);
+            }
+        }
         if next != Next::Keep {
             return next;
         }
