@@ -1,7 +1,7 @@
 //! The settings of the operator and of the cluster, and both combined.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -13,7 +13,7 @@ use crate::{
 };
 use egress_policy::{
     Resolver,
-    services::{Claim, Losses, Places, ServiceName, Services},
+    services::{Claim, Losses, Overflown, Places, ServiceName, Services},
 };
 
 /// The settings that are in force.
@@ -56,6 +56,9 @@ pub(super) type Claims = BTreeMap<Resolver, Claim>;
 /// the API server has it.
 const CLAIMED_FOR: Duration = Duration::from_secs(60);
 
+/// How many Services a log line names.
+const NAMED: usize = 4;
+
 impl Settings {
     /// The settings that the agent starts with. `earlier` are the Services that an earlier agent has judged by: what these
     /// have lost since then counts as lost now.
@@ -71,6 +74,7 @@ impl Settings {
         claims.extend(services.claims(&config.dns.resolvers));
         let mut losses = Losses::new(earlier);
         losses.take(services, &config.places(), Instant::now());
+        tell_of(&Overflown::default(), &losses.overflown());
         Self {
             ranges: RangesVersion::first(&config),
             places: Arc::new(config.places()),
@@ -92,7 +96,9 @@ impl Settings {
         if !Arc::ptr_eq(self.losses.present(), services) {
             self.passed = services.passed_claims(&self.config.dns.resolvers);
         }
+        let before = self.losses.overflown();
         self.losses.take(services, &self.places, now);
+        tell_of(&before, &self.losses.overflown());
     }
 
     /// The same with another configuration of the operator.
@@ -161,6 +167,34 @@ impl Settings {
     /// The Services that claim resolvers.
     pub(super) fn claiming(&self) -> impl Iterator<Item = &Arc<ServiceName>> {
         self.claims.values().map(|claim| &claim.service)
+    }
+}
+
+/// Logs which Services have lost more now than the agent remembers.
+fn tell_of(before: &Overflown, after: &Overflown) {
+    let new = |before: &BTreeSet<Arc<ServiceName>>, after: &BTreeSet<Arc<ServiceName>>| {
+        let new: Vec<String> = after.difference(before).map(ToString::to_string).collect();
+        (!new.is_empty()).then(|| (new.len(), new[..new.len().min(NAMED)].join(", ")))
+    };
+    if let Some((count, first)) = new(&before.closed, &after.closed) {
+        tracing::warn!(
+            count,
+            services = %first,
+            "Services lost more ports and endpoints within a minute than the agent remembers; all packets to their \
+             addresses and node ports are denied for a minute"
+        );
+    }
+    let addresses = (
+        &before.with_forgotten_addresses,
+        &after.with_forgotten_addresses,
+    );
+    if let Some((count, first)) = new(addresses.0, addresses.1) {
+        tracing::warn!(
+            count,
+            services = %first,
+            "Services lost more external addresses within a minute than the agent remembers; those that were lost \
+             first do not deny any more"
+        );
     }
 }
 
@@ -243,7 +277,7 @@ mod tests {
 
         let began = Instant::now();
         let mut services = Services::default();
-        services.note_passed(claiming().all().cloned().collect());
+        services.note_passed(claiming().all().cloned().map(Into::into).collect());
         let services = Arc::new(services);
         settings.take_services(&services, began);
         settings.claims = settings.claims_on(&config, began);
@@ -251,7 +285,7 @@ mod tests {
         // It comes and goes once more.
         let again = began + CLAIMED_FOR / 2;
         let mut services = Services::default();
-        services.note_passed(claiming().all().cloned().collect());
+        services.note_passed(claiming().all().cloned().map(Into::into).collect());
         let services = Arc::new(services);
         settings.take_services(&services, again);
         settings.claims = settings.claims_on(&config, again);

@@ -17,6 +17,7 @@ use egress_common::{
 use super::{
     Places, ServiceName, Services, Transport,
     added::{About, Added, EVERYTHING, Of, Place},
+    closed,
     places::{Trie, is_plain},
     whole::{ClusterIp, Endpoint, Route, Whole, WholePort},
 };
@@ -209,6 +210,9 @@ impl<'a> Judge<'a> {
     /// The rules that the policy needs for a Service; `None` if it needs none.
     fn needed_for(&self, name: &ServiceName) -> Option<Vec<Added>> {
         let service = &self.known.services.whole(name)?;
+        if service.is_closed {
+            return Some(closed::rules(service, self.known));
+        }
         let mut added = Vec::new();
         for cluster in &service.cluster {
             self.cluster_ip(service, *cluster, &mut added);

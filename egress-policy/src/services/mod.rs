@@ -22,6 +22,7 @@
 //! | [`judge`] | what the policy says of their endpoints |
 //! | [`added`] | the rules that follow |
 //! | `needed` | which of them a policy gets |
+//! | `closed` | what denies a Service that has lost more than is remembered |
 //! | `coarse` | what stands for them if they are too many |
 //! | [`led`] | connections that a node translates |
 //! | [`lost`] | what Services have lost within the last minute |
@@ -30,6 +31,7 @@
 
 pub mod added;
 mod candidates;
+mod closed;
 mod coarse;
 pub mod judge;
 pub mod led;
@@ -56,8 +58,8 @@ pub use added::About;
 use candidates::Index;
 pub use judge::Known;
 pub use led::{Connections, Led};
-pub use lost::Losses;
 use lost::Lost;
+pub use lost::{Losses, Overflown};
 pub use needed::needed;
 pub use places::Places;
 pub use resolvers::Claim;
@@ -135,6 +137,27 @@ pub struct Service {
     pub ports: Vec<ServicePort>,
 }
 
+/// What a Service had for a moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Passed {
+    /// The Service with what is known of that.
+    pub service: Arc<Service>,
+    /// Whether it had more ports or endpoints than these.
+    pub had_more: bool,
+    /// Whether it had more external addresses than these.
+    pub had_more_addresses: bool,
+}
+
+impl From<Arc<Service>> for Passed {
+    fn from(service: Arc<Service>) -> Self {
+        Self {
+            service,
+            had_more: false,
+            had_more_addresses: false,
+        }
+    }
+}
+
 /// All Services of a cluster.
 #[derive(Debug, Default)]
 pub struct Services {
@@ -142,7 +165,7 @@ pub struct Services {
     /// What some have lost lately.
     lost: BTreeMap<Arc<ServiceName>, Lost>,
     /// What some had for a moment.
-    passed: Vec<Arc<Service>>,
+    passed: Vec<Passed>,
     /// Addresses of nodes, where Services have node ports.
     nodes: Vec<Prefix>,
     index: OnceLock<Index>,
@@ -185,8 +208,13 @@ impl Services {
     }
 
     /// Notes what Services had for a moment: it counts as what they [have lost](lost) now.
-    pub fn note_passed(&mut self, passed: Vec<Arc<Service>>) {
+    pub fn note_passed(&mut self, passed: Vec<Passed>) {
         self.passed = passed;
+    }
+
+    /// What Services had for a moment.
+    pub fn passed(&self) -> &[Passed] {
+        &self.passed
     }
 
     /// The Service of this name.

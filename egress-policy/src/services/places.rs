@@ -136,7 +136,8 @@ impl Places {
     /// Whether an endpoint of the Service may be denied without a rule while the Service is not.
     pub(super) fn are_suspect(&self, service: &Whole) -> bool {
         let mut external = service.external.iter();
-        external.any(|address| !self.is_internal(*address))
+        service.is_closed
+            || external.any(|address| !self.is_internal(*address))
             || service.ports.iter().any(|port| {
                 let mut endpoints = port.endpoints.iter();
                 endpoints.any(|endpoint| {

@@ -4,12 +4,12 @@
 //! Service's endpoints, which could give any address to an allowed name.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
-use super::{Service, ServiceName, Services, Transport};
+use super::{Service, ServiceName, Services, Transport, closed::unknown_endpoint};
 use crate::Resolver;
 
 /// A Service that has the address and port of a resolver among its external ones.
@@ -30,11 +30,29 @@ impl Services {
 
     /// The resolvers that Services claimed for a moment. (The Service of the cluster's DNS claims none: its endpoints of
     /// before were resolvers.)
+    ///
+    /// A Service that had more ports or endpoints than are known claims each resolver whose address it had. One that had
+    /// more addresses than are known claims all of them.
     pub fn passed_claims(&self, resolvers: &[Resolver]) -> BTreeMap<Resolver, Claim> {
         let is_resolver = |ip: &IpAddr| resolvers.iter().any(|resolver| resolver.address == *ip);
         let passed = self.passed.iter();
-        let others = passed.filter(|service| !service.cluster.iter().any(is_resolver));
-        claims(others, resolvers)
+        let others: Vec<_> = passed
+            .filter(|passed| !passed.service.cluster.iter().any(is_resolver))
+            .collect();
+        let mut found = claims(others.iter().map(|passed| &passed.service), resolvers);
+        let unsure = others.iter();
+        for passed in unsure.filter(|passed| passed.had_more || passed.had_more_addresses) {
+            let external: HashSet<&IpAddr> = passed.service.external.iter().collect();
+            for resolver in resolvers {
+                if passed.had_more_addresses || external.contains(&resolver.address) {
+                    found.entry(*resolver).or_insert_with(|| Claim {
+                        service: Arc::clone(&passed.service.name),
+                        endpoint: unknown_endpoint(resolver.address),
+                    });
+                }
+            }
+        }
+        found
     }
 }
 

@@ -11,7 +11,7 @@ use egress_common::records::Range;
 use super::{Service, ServiceName, ServicePort, Transport, lost::Lost};
 
 /// Where packets to a port of a Service arrive.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Route {
     pub(super) transport: Transport,
     pub(super) port: u16,
@@ -60,6 +60,8 @@ pub(super) struct Whole {
     pub(super) cluster: Vec<ClusterIp>,
     pub(super) external: Vec<IpAddr>,
     pub(super) ports: Vec<WholePort>,
+    /// Whether it has lost more than is known.
+    pub(super) is_closed: bool,
 }
 
 /// A cluster IP.
@@ -81,6 +83,7 @@ impl Whole {
             cluster: Vec::new(),
             external: Vec::new(),
             ports: Vec::new(),
+            is_closed: false,
         };
         if let Some(service) = service {
             let is_lost = false;
@@ -111,14 +114,21 @@ impl Whole {
             whole.external.extend(&lost.external);
             let mut places: BTreeMap<Route, usize> =
                 whole.ports.iter().map(|port| port.route).zip(0..).collect();
-            for (route, at, range) in &lost.endpoints {
-                let place = *places.entry(*route).or_insert_with(|| {
+            let mut place_of = |whole: &mut Self, route: &Route| {
+                *places.entry(*route).or_insert_with(|| {
                     whole.ports.push(WholePort {
                         route: *route,
                         endpoints: Vec::new(),
                     });
                     whole.ports.len() - 1
-                });
+                })
+            };
+            whole.is_closed = lost.closed.is_some();
+            for route in lost.closed.iter().flatten() {
+                place_of(&mut whole, route);
+            }
+            for (route, at, range) in &lost.endpoints {
+                let place = place_of(&mut whole, route);
                 whole.ports[place].endpoints.push(Endpoint {
                     at: *at,
                     lost: Some(*range),

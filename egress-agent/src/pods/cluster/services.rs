@@ -3,20 +3,23 @@
 //! Every endpoint counts, ready or not: each node chooses which ones it uses.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::Instant,
 };
 
 use egress_policy::{
     Prefix, prefix,
-    services::{Service, ServiceName, ServicePort, Services, Transport},
+    services::{Passed, Service, ServiceName, ServicePort, Services, Transport},
 };
 use k8s_openapi::api::{core::v1, discovery::v1 as discovery};
 
 use super::{
     facts::NodeFacts,
     health::{Health, Watched},
+    moments::{self, Address, Moments, Part},
+    passed::{self, Candidate},
     table::Table,
 };
 
@@ -32,12 +35,12 @@ pub(super) struct ServiceFacts {
     ports: Vec<PortFacts>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct PortFacts {
-    name: Box<str>,
-    transport: Transport,
-    port: u16,
-    node_port: Option<u16>,
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct PortFacts {
+    pub(super) name: Box<str>,
+    pub(super) transport: Transport,
+    pub(super) port: u16,
+    pub(super) node_port: Option<u16>,
 }
 
 /// An `EndpointSlice`, or an Endpoints object.
@@ -94,11 +97,22 @@ impl ServiceFacts {
         })
     }
 
+    pub(super) fn cluster(&self) -> impl Iterator<Item = IpAddr> {
+        self.cluster.iter().copied()
+    }
+
+    pub(super) fn external(&self) -> impl Iterator<Item = IpAddr> {
+        self.external.iter().copied()
+    }
+
+    pub(super) fn ports(&self) -> impl Iterator<Item = &PortFacts> {
+        self.ports.iter()
+    }
+
     /// The Service with the endpoints of its ports.
     fn with(&self, endpoints: &[&EndpointFacts]) -> Service {
-        let groups = || endpoints.iter().flat_map(|of| &of.groups);
         let ports = self.ports.iter().map(|port| {
-            let mut found: Vec<SocketAddr> = groups().flat_map(|group| group.at(port)).collect();
+            let mut found: Vec<SocketAddr> = endpoints.iter().flat_map(|of| of.at(port)).collect();
             found.sort_unstable();
             found.dedup();
             ServicePort {
@@ -159,6 +173,19 @@ impl EndpointFacts {
         })
     }
 
+    /// The names of ports, each with how many addresses have it.
+    pub(super) fn sizes(&self) -> impl Iterator<Item = (&str, usize)> {
+        self.groups.iter().flat_map(|group| {
+            let ports = group.ports.iter();
+            ports.map(|(name, _)| (&**name, group.addresses.len()))
+        })
+    }
+
+    /// The endpoints of a Service's port.
+    pub(super) fn at(&self, port: &PortFacts) -> impl Iterator<Item = SocketAddr> {
+        self.groups.iter().flat_map(|group| group.at(port))
+    }
+
     /// Reduces an Endpoints object.
     pub(super) fn of_endpoints(endpoints: v1::Endpoints) -> Option<Self> {
         let metadata = endpoints.metadata;
@@ -211,6 +238,32 @@ fn addresses(texts: impl Iterator<Item = String>) -> Vec<IpAddr> {
     found
 }
 
+/// Notes what a Service had that was replaced.
+fn note_service(facts: &ServiceFacts, moments: &mut Moments, at: Instant) {
+    let addresses = facts.cluster.iter().map(|ip| Address::Cluster(*ip));
+    let external = facts.external.iter().map(|ip| Address::External(*ip));
+    moments.note_addresses(&facts.name, addresses.chain(external), at);
+    let ports = facts.ports.iter().cloned().map(Part::Port);
+    moments.note_parts(&facts.name, ports, at);
+}
+
+/// Notes what a slice had that was replaced.
+fn note_endpoints(facts: &EndpointFacts, moments: &mut Moments, at: Instant) {
+    let sizes = facts.sizes().map(|(_, addresses)| addresses);
+    if sizes.fold(0, usize::saturating_add) > moments::MOST {
+        moments.note_more(&facts.service, at);
+        return;
+    }
+    let parts = facts.groups.iter().flat_map(|group| {
+        let ports = group.ports.iter();
+        ports.flat_map(|(name, number)| {
+            let addresses = group.addresses.iter();
+            addresses.map(|address| Part::Endpoint(name.clone(), *number, *address))
+        })
+    });
+    moments.note_parts(&facts.service, parts, at);
+}
+
 /// The Services and endpoints of the API server, joined.
 #[derive(Debug)]
 pub(super) struct ServiceTables {
@@ -234,8 +287,8 @@ struct MadeFrom {
 impl Default for ServiceTables {
     fn default() -> Self {
         Self {
-            services: Table::keeping_replaced(),
-            endpoints: Table::keeping_replaced(),
+            services: Table::noting_replaced(note_service),
+            endpoints: Table::noting_replaced(note_endpoints),
             current: Arc::default(),
             made_from: None,
             revisions: [0; 2],
@@ -282,6 +335,9 @@ impl ServiceTables {
             return Arc::clone(&self.current);
         }
         self.made_from = Some(from);
+        let now = Instant::now();
+        self.services.forget_moments(now);
+        self.endpoints.forget_moments(now);
         let made = if are_complete {
             self.make(nodes)
         } else {
@@ -317,26 +373,22 @@ impl ServiceTables {
     }
 
     /// What Services had for a moment. Nodes may have seen it although no snapshot has it.
-    fn passed(&self, endpoints: &HashMap<&ServiceName, Vec<&EndpointFacts>>) -> Vec<Arc<Service>> {
-        let mut versions: HashMap<&ServiceName, (Vec<&ServiceFacts>, Vec<&EndpointFacts>)> =
-            HashMap::new();
-        for facts in self.services.replaced() {
-            versions.entry(&facts.name).or_default().0.push(facts);
-        }
-        for facts in self.endpoints.replaced() {
-            versions.entry(&facts.service).or_default().1.push(facts);
-        }
-        let passed = versions
-            .into_iter()
-            .flat_map(|(name, (mut facts, mut replaced))| {
-                facts.extend(self.services.get(&name.namespace, &name.name));
-                replaced.extend(endpoints.get(name).into_iter().flatten());
-                let passed = facts
-                    .into_iter()
-                    .map(move |facts| Arc::new(facts.with(&replaced)));
-                passed.collect::<Vec<_>>()
-            });
-        passed.collect()
+    fn passed(&self, endpoints: &HashMap<&ServiceName, Vec<&EndpointFacts>>) -> Vec<Passed> {
+        let of_tables = [self.services.moments(), self.endpoints.moments()];
+        let names: BTreeSet<_> = of_tables
+            .iter()
+            .flatten()
+            .flat_map(|of| of.names())
+            .collect();
+        let all = names.into_iter().filter_map(|name| {
+            Candidate::new(
+                name,
+                of_tables.map(|of| of.and_then(|of| of.get(name))),
+                self.services.get(&name.namespace, &name.name),
+                endpoints.get(name).map_or(&[][..], Vec::as_slice),
+            )
+        });
+        passed::within_limits(all.collect())
     }
 }
 

@@ -1,5 +1,8 @@
 //! Services and endpoints as the API server sends them.
 
+use egress_policy::services::{Losses, Overflown, Places};
+use k8s_openapi::api::{core::v1, discovery::v1 as discovery};
+use kube::runtime::watcher::Event;
 use serde_json::{Value, json};
 
 use super::*;
@@ -94,9 +97,6 @@ fn endpoints_objects_count_where_there_are_no_slices() {
 
 #[test]
 fn what_a_service_had_between_two_snapshots_is_noted() {
-    use k8s_openapi::api::{core::v1, discovery::v1 as discovery};
-    use kube::runtime::watcher::Event;
-
     let web: v1::Service = serde_json::from_value(json!({
         "metadata": { "namespace": "shop", "name": "web" },
         "spec": { "clusterIP": "10.96.0.7", "ports": [{ "port": 80 }] },
@@ -138,7 +138,7 @@ fn what_a_service_had_between_two_snapshots_is_noted() {
     };
     assert_eq!(endpoints(service), ["10.1.0.3:8080"]);
     let mut expected = Services::new([Arc::clone(service)], Vec::new());
-    expected.note_passed(vec![Arc::new(Service {
+    let passed = Service {
         ports: vec![ServicePort {
             endpoints: ["10.1.0.2:8080", "10.1.0.3:8080"]
                 .map(|at| at.parse().expect("an endpoint"))
@@ -146,6 +146,133 @@ fn what_a_service_had_between_two_snapshots_is_noted() {
             ..service.ports[0].clone()
         }],
         ..Service::clone(service)
-    })]);
+    };
+    expected.note_passed(vec![Arc::new(passed).into()]);
     assert_eq!(made, expected);
+}
+
+/// A Service with these ports, and a slice of them with these addresses.
+struct Edited {
+    tables: ServiceTables,
+    losses: Losses,
+    ports: u16,
+}
+
+impl Edited {
+    fn new(ports: u16, addresses: u16) -> Self {
+        let slice = serde_json::from_value(json!({
+            "metadata": {
+                "namespace": "shop", "name": "web-1",
+                "labels": { "kubernetes.io/service-name": "web" },
+            },
+            "addressType": "IPv4",
+            "endpoints": (0..addresses)
+                .map(|n| json!({ "addresses": [format!("10.1.{}.{}", n / 250, 1 + n % 250)] }))
+                .collect::<Value>(),
+            "ports": (0..ports)
+                .map(|n| json!({ "name": format!("p{n}"), "port": 8080 }))
+                .collect::<Value>(),
+        }));
+        let slice: discovery::EndpointSlice = slice.expect("a slice");
+        let mut tables = ServiceTables::default();
+        for event in [Event::Init, Event::InitDone, Event::Apply(slice)] {
+            tables
+                .endpoints
+                .apply(event, |read, _| EndpointFacts::of_slice(read));
+        }
+        let mut edited = Self {
+            tables,
+            losses: Losses::new(Arc::default()),
+            ports,
+        };
+        for event in [Event::Init, Event::InitDone] {
+            edited.apply(event);
+        }
+        edited.edit(0);
+        edited.take();
+        edited
+    }
+
+    fn apply(&mut self, event: Event<v1::Service>) {
+        let services = &mut self.tables.services;
+        services.apply(event, |read, _| ServiceFacts::read(read));
+    }
+
+    /// Gives the Service other ports.
+    fn edit(&mut self, edit: u16) {
+        let number = |n: u16| 1 + (u32::from(n) + u32::from(edit) * u32::from(self.ports)) % 65_000;
+        let ports = (0..self.ports).map(|n| json!({ "name": format!("p{n}"), "port": number(n) }));
+        let service = serde_json::from_value(json!({
+            "metadata": { "namespace": "shop", "name": "web" },
+            "spec": { "clusterIP": "10.96.0.7", "ports": ports.collect::<Value>() },
+        }));
+        self.apply(Event::Apply(service.expect("a Service")));
+    }
+
+    /// Takes a snapshot. Returns how many endpoints of ports it has as those of a moment.
+    fn take(&mut self) -> usize {
+        self.tables.renew();
+        let services = self.tables.current(&Table::default());
+        self.losses
+            .take(&services, &Places::default(), Instant::now());
+        let passed = services.passed().iter();
+        let ports = passed.flat_map(|passed| &passed.service.ports);
+        ports.map(|port| port.endpoints.len()).sum()
+    }
+}
+
+#[test]
+fn many_edits_of_one_service_between_two_snapshots_close_it_alone() {
+    let mut edited = Edited::new(200, 50);
+    let other = serde_json::from_value(json!({
+        "metadata": { "namespace": "shop", "name": "other" },
+        "spec": { "clusterIP": "10.96.0.8", "ports": [{ "name": "p0", "port": 80 }] },
+    }));
+    let other: v1::Service = other.expect("a Service");
+    edited.apply(Event::Apply(other.clone()));
+    for edit in 1..=80 {
+        edited.edit(edit);
+    }
+    edited.apply(Event::Delete(other));
+    assert_eq!(edited.take(), 0);
+    let closed = edited.losses.overflown().closed;
+    let closed: Vec<String> = closed.iter().map(ToString::to_string).collect();
+    assert_eq!(closed, ["shop/web"]);
+}
+
+#[test]
+fn few_edits_of_one_service_are_noted_in_full() {
+    let mut edited = Edited::new(2, 10);
+    for edit in 1..=20 {
+        edited.edit(edit);
+    }
+    // All but the ports that it has now.
+    assert_eq!(edited.take(), 20 * 2 * 10);
+    assert_eq!(edited.losses.overflown(), Overflown::default());
+}
+
+#[test]
+fn edits_of_others_push_out_no_moment_of_a_service() {
+    let service = |namespace: &str, name: &str, port: u32| -> v1::Service {
+        serde_json::from_value(json!({
+            "metadata": { "namespace": namespace, "name": name },
+            "spec": {
+                "clusterIP": "10.96.0.7", "externalIPs": ["10.0.0.53"], "ports": [{ "port": port }],
+            },
+        }))
+        .expect("a Service")
+    };
+    for namespace in ["shop", "other"] {
+        let mut edited = Edited::new(1, 1);
+        edited.apply(Event::Apply(service("shop", "claim", 53)));
+        edited.apply(Event::Delete(service("shop", "claim", 53)));
+        for port in 1..=1_100 {
+            edited.apply(Event::Apply(service(namespace, "noise", port)));
+        }
+        edited.take();
+        let services = edited.losses.present();
+        let mut passed = services.passed().iter();
+        let claim = passed.find(|passed| &*passed.service.name.name == "claim");
+        assert_eq!(claim.expect("noted").service.ports[0].port, 53);
+    }
 }

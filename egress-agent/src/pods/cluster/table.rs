@@ -1,18 +1,16 @@
 //! The objects of one watch, reduced to the fields that the agent uses.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::BTreeMap,
     time::{Duration, Instant},
 };
 
 use kube::{Resource, ResourceExt, runtime::watcher::Event};
 
+use super::moments::Moments;
+
 /// How long a table that remembers keeps deleted objects.
 const REMEMBERED: Duration = Duration::from_secs(5);
-
-/// How long a table that keeps replaced objects keeps each, and most of them.
-const REPLACED: Duration = Duration::from_secs(5);
-const REPLACED_MOST: usize = 1_024;
 
 /// Namespace (empty if it has none) and name.
 pub(super) type Key = (String, String);
@@ -31,9 +29,15 @@ pub(super) struct Table<R> {
     frozen: bool,
     /// Objects that were deleted lately, if the table remembers them.
     deleted: Option<Vec<(Instant, Key, R)>>,
-    /// Objects that were replaced or deleted lately, if the table keeps them.
-    replaced: Option<VecDeque<(Instant, R)>>,
+    /// What objects had that were replaced or deleted lately, if the table notes it.
+    replaced: Option<Replaced<R>>,
     limit: Limit,
+}
+
+#[derive(Debug)]
+struct Replaced<R> {
+    moments: Moments,
+    note: fn(&R, &mut Moments, Instant),
 }
 
 /// Most objects of a table.
@@ -82,10 +86,13 @@ impl<R> Table<R> {
         }
     }
 
-    /// A table that keeps replaced and deleted objects for [`REPLACED`].
-    pub(super) fn keeping_replaced() -> Self {
+    /// A table that notes what replaced and deleted objects had.
+    pub(super) fn noting_replaced(note: fn(&R, &mut Moments, Instant)) -> Self {
         Self {
-            replaced: Some(VecDeque::new()),
+            replaced: Some(Replaced {
+                moments: Moments::default(),
+                note,
+            }),
             ..Self::default()
         }
     }
@@ -100,25 +107,23 @@ impl<R> Table<R> {
 }
 
 impl<R> Table<R> {
-    /// Keeps an object that was replaced or deleted, if the table keeps such.
-    fn keep_replaced(&mut self, object: R) {
-        if let Some(replaced) = &mut self.replaced {
-            while replaced.len() >= REPLACED_MOST
-                || replaced
-                    .front()
-                    .is_some_and(|(at, _)| at.elapsed() > REPLACED)
-            {
-                replaced.pop_front();
-            }
-            replaced.push_back((Instant::now(), object));
+    /// Notes what an object had that was replaced or deleted, if the table does so.
+    fn note_replaced(&mut self, object: &R) {
+        if let Some(Replaced { moments, note }) = &mut self.replaced {
+            note(object, moments, Instant::now());
         }
     }
 
-    /// The objects that were replaced or deleted within [`REPLACED`]; none if the table does not keep them.
-    pub(super) fn replaced(&self) -> impl Iterator<Item = &R> {
-        let replaced = self.replaced.iter().flatten();
-        let lately = replaced.filter(|(at, _)| at.elapsed() <= REPLACED);
-        lately.map(|(_, object)| object)
+    /// What replaced and deleted objects had.
+    pub(super) fn moments(&self) -> Option<&Moments> {
+        self.replaced.as_ref().map(|replaced| &replaced.moments)
+    }
+
+    /// Forgets what objects had too long ago at this time.
+    pub(super) fn forget_moments(&mut self, now: Instant) {
+        if let Some(Replaced { moments, .. }) = &mut self.replaced {
+            moments.forget(now);
+        }
     }
 }
 
@@ -228,7 +233,7 @@ impl<R: PartialEq> Table<R> {
                 self.limit.is_exceeded = self.limit.is_list_over;
                 for (key, before) in std::mem::replace(&mut self.current, listed) {
                     if self.current.get(&key) != Some(&before) {
-                        self.keep_replaced(before);
+                        self.note_replaced(&before);
                     }
                 }
                 changed
@@ -238,7 +243,7 @@ impl<R: PartialEq> Table<R> {
                 match reduce(object, self.current.get(&key)) {
                     None => match self.current.remove(&key) {
                         Some(removed) => {
-                            self.keep_replaced(removed);
+                            self.note_replaced(&removed);
                             true
                         }
                         None => false,
@@ -252,7 +257,7 @@ impl<R: PartialEq> Table<R> {
                     }
                     Some(reduced) => {
                         if let Some(before) = self.current.insert(key, reduced) {
-                            self.keep_replaced(before);
+                            self.note_replaced(&before);
                         }
                         true
                     }
@@ -267,7 +272,7 @@ impl<R: PartialEq> Table<R> {
                         deleted.retain(|(at, ..)| at.elapsed() < REMEMBERED);
                         deleted.push((Instant::now(), key, removed));
                     }
-                    (None, Some(removed)) => self.keep_replaced(removed),
+                    (None, Some(removed)) => self.note_replaced(&removed),
                     (_, None) => {}
                 }
                 is_removed
@@ -402,23 +407,5 @@ mod tests {
         assert_eq!((names(&table), table.exceeded()), (vec!["b"], None));
         assert!(apply(&mut table, Event::Apply(object("c"))));
         assert_eq!((names(&table), table.exceeded()), (vec!["b"], Some(1)));
-    }
-
-    #[test]
-    fn what_was_replaced_is_kept_for_a_while() {
-        let mut table = Table::<String>::keeping_replaced();
-        for event in [
-            Event::Init,
-            Event::InitApply(object("a")),
-            Event::InitApply(object("b")),
-            Event::InitDone,
-            Event::Delete(object("a")),
-            Event::Init,
-            Event::InitDone,
-        ] {
-            apply(&mut table, event);
-        }
-        assert_eq!(table.replaced().collect::<Vec<_>>(), ["a", "b"]);
-        assert_eq!(Table::<String>::default().replaced().count(), 0);
     }
 }

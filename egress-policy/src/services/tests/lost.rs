@@ -169,22 +169,146 @@ fn nothing_else_opens_what_a_service_has_lost() {
     assert!(scene.passes(SERVICE));
 }
 
+/// A Service with endpoints from 10.2.0.0 on, and an external address.
+fn wide(name: &str, ip: &str, endpoints: u32) -> Service {
+    let endpoints =
+        (0..endpoints).map(|number| SocketAddr::from(((0x0a02_0000 + number).to_be_bytes(), 80)));
+    let mut of_port = port(80, &[]);
+    of_port.endpoints = endpoints.collect();
+    let mut service = Service::clone(&service(name, ip, &[of_port]));
+    service.external = vec!["198.51.100.7".parse().unwrap()];
+    service
+}
+
+const WIDE: [&str; 2] = [SERVICE, "198.51.100.7:80"];
+
 #[test]
-fn a_service_remembers_so_many_losses_at_most() {
-    let ports = |first: u16| {
-        let ports = (first..first + 1_000).map(|number| port(number, &["10.1.0.2:80"]));
-        service("web", CLUSTER_IP, &ports.collect::<Vec<_>>())
-    };
-    let mut scene = Scene::denying("10.1.0.2", &ports(1));
-    for edits in 1..=20 {
-        scene.began += Duration::from_secs(1);
-        scene.take(&[&ports(1 + 1_000 * edits)]);
+fn a_service_that_loses_more_than_is_remembered_is_closed_for_a_minute() {
+    for endpoints in [10, 600, 9_000] {
+        let mut first = wide("web", CLUSTER_IP, endpoints);
+        first.ports[0]
+            .endpoints
+            .push("10.1.0.2:80".parse().unwrap());
+        let other = web(&["10.1.0.3:80"]);
+        let other = Arc::new(Service {
+            name: service("other", "10.96.0.9", &[]).name.clone(),
+            cluster: vec!["10.96.0.9".parse().unwrap()],
+            ..Service::clone(&other)
+        });
+        let mut scene = Scene::denying("10.1.0.2", &Arc::new(first));
+        scene.take(&[&other]);
+        let closed = scene.losses.overflown().closed;
+        assert_eq!(closed.len(), usize::from(endpoints > 8_192));
+        for to in WIDE {
+            assert!(!scene.passes(to), "{to} of {endpoints}");
+        }
+        assert!(scene.passes("10.96.0.9:80"));
+        scene.pass_time(Duration::from_secs(59));
+        assert!(!scene.passes(SERVICE));
+        assert!(scene.losses.are_due(scene.began + MINUTE));
+        scene.pass_time(MINUTE);
+        assert!(scene.passes(SERVICE));
+        assert_eq!(scene.losses.overflown(), Overflown::default());
+        assert!(!scene.losses.are_due(scene.began + 2 * MINUTE));
     }
-    let services = scene.losses.services();
-    let lost = services.whole(&web(&[]).name).expect("the Service");
-    let of_last_edit = lost.ports.iter().filter(|port| port.route.port > 19_000);
-    assert!(of_last_edit.count() > 1_000);
-    assert!(lost.ports.len() < 2_000, "{}", lost.ports.len());
+}
+
+#[test]
+fn connections_through_a_deleted_service_with_many_endpoints_end() {
+    let bad = "10.1.0.2:80";
+    for endpoints in [600, 9_000] {
+        let mut first = wide("web", CLUSTER_IP, endpoints);
+        first.ports[0].endpoints.push(bad.parse().unwrap());
+        let mut scene = Scene::denying("10.1.0.2", &Arc::new(first));
+        scene.take(&[]);
+        let mut known = Known::default();
+        known.update(scene.losses.services(), &scene.places);
+        let led = WIDE.map(|to| Led {
+            transport: Transport::Tcp,
+            to: to.parse().unwrap(),
+            endpoint: bad.parse().unwrap(),
+        });
+        let judged = led.map(|led| (led, egress_common::classes::ClassSet::EMPTY));
+        let denied = Connections::new(&known).denied(&scene.policy, judged.into_iter());
+        assert_eq!(denied, led, "{endpoints}");
+    }
+}
+
+#[test]
+fn an_entry_for_a_closed_service_does_not_open_it() {
+    let first = Arc::new(wide("web", CLUSTER_IP, 9_000));
+    let mut scene = Scene::new(
+        Some("10.96.0.7:80 198.51.100.7:80"),
+        &[(TierAction::Deny, "10.1.0.2")],
+        settings(),
+        &first,
+    );
+    assert!(scene.passes(SERVICE));
+    scene.take(&[&web(&["10.1.0.3:80"])]);
+    for to in WIDE {
+        assert!(!scene.passes(to), "{to}");
+    }
+    scene.pass_time(MINUTE);
+    for to in WIDE {
+        assert!(scene.passes(to), "{to}");
+    }
+}
+
+#[test]
+fn node_ports_of_a_closed_service_are_denied() {
+    let mut first = wide("web", CLUSTER_IP, 9_000);
+    first.ports[0].node_port = Some(30_080);
+    let mut scene = Scene::denying("10.1.0.2", &Arc::new(first));
+    assert!(scene.passes("10.9.0.1:30080"));
+    scene.take(&[]);
+    assert!(!scene.passes("10.9.0.1:30080"));
+    assert!(scene.passes("10.9.0.1:30081"));
+}
+
+#[test]
+fn services_of_a_namespace_share_what_is_remembered() {
+    let services: Vec<Arc<Service>> = (0..6)
+        .map(|number| {
+            Arc::new(wide(
+                &format!("s{number}"),
+                &format!("10.96.1.{number}"),
+                8_000,
+            ))
+        })
+        .collect();
+    let mut of_another = wide("small", "10.96.2.1", 10);
+    of_another.name = Arc::new(ServiceName {
+        namespace: "other".into(),
+        name: "small".into(),
+    });
+    let of_another = Arc::new(of_another);
+    let mut scene = Scene::denying("10.1.0.2", &of_another);
+    scene.take(&services.iter().chain([&of_another]).collect::<Vec<_>>());
+    scene.take(&[]);
+    let closed = scene.losses.overflown().closed;
+    assert_eq!(closed.len(), 2, "{closed:?}");
+    assert!(closed.iter().all(|name| &*name.namespace == "shop"));
+    assert!(scene.passes("10.96.2.1:80"));
+}
+
+#[test]
+fn a_service_that_had_more_than_is_known_for_a_moment_is_closed() {
+    let good = web(&["10.1.0.3:80"]);
+    let mut scene = Scene::denying("10.1.0.2", &good);
+    assert!(scene.passes(SERVICE));
+    let mut services = Services::new([Arc::clone(&good)], Vec::new());
+    services.note_passed(vec![Passed {
+        had_more: true,
+        ..web(&[]).into()
+    }]);
+    scene
+        .losses
+        .take(&Arc::new(services), &scene.places, scene.began);
+    assert!(!scene.passes(SERVICE));
+    assert!(!scene.passes("10.96.0.7:81"));
+    assert!(scene.passes("10.96.0.8:80"));
+    scene.pass_time(MINUTE);
+    assert!(scene.passes(SERVICE));
 }
 
 #[test]
@@ -193,8 +317,8 @@ fn what_a_service_had_for_a_moment_counts_as_lost() {
     let mut scene = Scene::denying("10.1.0.2", &good);
     let mut services = Services::new([Arc::clone(&good)], Vec::new());
     services.note_passed(vec![
-        web(&["10.1.0.2:80", "10.1.0.3:80"]),
-        service("gone", "10.96.0.9", &[port(80, &["10.1.0.2:80"])]),
+        web(&["10.1.0.2:80", "10.1.0.3:80"]).into(),
+        service("gone", "10.96.0.9", &[port(80, &["10.1.0.2:80"])]).into(),
     ]);
     let services = Arc::new(services);
     scene.losses.take(&services, &scene.places, scene.began);
