@@ -28,9 +28,8 @@ pub(super) struct Settings {
     pub(super) losses: Losses,
     /// Resolvers that are not trusted, because a Service claims their address or has done so lately.
     pub(super) claims: Claims,
-    /// Claims that no snapshot has: they have ended already.
-    passed: Claims,
-    /// Claims that have ended and still count.
+    /// Claims that have ended and still count, also those that no snapshot has, and on resolvers that are not configured
+    /// any more.
     ended: BTreeMap<Resolver, Ended>,
     /// Whether the claims in force are not the present ones, because these could not be put in force.
     pub(super) are_claims_late: bool,
@@ -44,9 +43,20 @@ pub(super) struct Settings {
 
 /// The end of a claim.
 struct Ended {
+    claim: Claim,
     since: Instant,
     /// Whether the node translates nothing any more because of it.
     is_over: bool,
+}
+
+impl Ended {
+    fn new(claim: Claim, since: Instant) -> Self {
+        Self {
+            claim,
+            since,
+            is_over: false,
+        }
+    }
 }
 
 /// Claimed resolvers.
@@ -82,7 +92,6 @@ impl Settings {
             facts,
             inherited,
             claims,
-            passed: Claims::new(),
             ended: BTreeMap::new(),
             // Some may have ended since then.
             are_claims_late: true,
@@ -94,7 +103,13 @@ impl Settings {
     /// Takes the Services that the cluster reports.
     pub(super) fn take_services(&mut self, services: &Arc<Services>, now: Instant) {
         if !Arc::ptr_eq(self.losses.present(), services) {
-            self.passed = services.passed_claims(&self.config.dns.resolvers);
+            // The facts that came with the Services may name other resolvers than those in force.
+            let mut resolvers = self.with(&self.configured).dns.resolvers;
+            resolvers.extend(&self.config.dns.resolvers);
+            for (resolver, claim) in services.passed_claims(&resolvers) {
+                // A claim that has ended again counts anew.
+                self.ended.insert(resolver, Ended::new(claim, now));
+            }
         }
         let before = self.losses.overflown();
         self.losses.take(services, &self.places, now);
@@ -106,33 +121,19 @@ impl Settings {
         ranges::with_facts(configured, &self.facts, &self.inherited)
     }
 
-    /// The claims on the resolvers of a configuration, with those that have ended and still count.
+    /// The claims on the resolvers of a configuration, with those that have ended and still count. The same again until the
+    /// configuration is in force, so that a failure loses none.
     pub(super) fn claims_on(&mut self, config: &Config, now: Instant) -> Claims {
         let mut claims = self.losses.present().claims(&config.dns.resolvers);
-        self.ended.retain(|resolver, _| {
-            !claims.contains_key(resolver) && config.dns.resolvers.contains(resolver)
-        });
-        let mut before = self.claims.clone();
-        let passed = std::mem::take(&mut self.passed);
-        // A claim that has ended again counts anew.
-        for resolver in passed.keys() {
-            if let Some(ended) = self.ended.get_mut(resolver) {
-                (ended.since, ended.is_over) = (now, false);
-            }
+        for (resolver, claim) in &self.claims {
+            let ended = self.ended.entry(*resolver);
+            ended.or_insert_with(|| Ended::new(claim.clone(), now));
         }
-        before.extend(passed);
-        for (resolver, claim) in &before {
-            if claims.contains_key(resolver) || !config.dns.resolvers.contains(resolver) {
-                continue;
-            }
-            let ended = self.ended.entry(*resolver).or_insert(Ended {
-                since: now,
-                is_over: false,
-            });
-            if ended.is_over {
-                self.ended.remove(resolver);
-            } else {
-                claims.insert(*resolver, claim.clone());
+        self.ended
+            .retain(|resolver, ended| !claims.contains_key(resolver) && !ended.is_over);
+        for (resolver, ended) in &self.ended {
+            if config.dns.resolvers.contains(resolver) {
+                claims.insert(*resolver, ended.claim.clone());
             }
         }
         claims
@@ -292,6 +293,33 @@ mod tests {
         assert_eq!(settings.unclaimed(began + CLAIMED_FOR), []);
         let later = again + CLAIMED_FOR;
         settings.take_services(&services, later);
+        assert_eq!(settings.unclaimed(later), [resolver]);
+        settings.forget(&[resolver], later);
+        assert_eq!(settings.claims_on(&config, later), Claims::new());
+    }
+
+    #[test]
+    fn a_claim_counts_also_if_it_cannot_be_put_in_force_at_first() {
+        let text = "dns: {resolvers: [10.0.0.53]}\nnode: n1\n";
+        let config = Config::from_yaml(text).expect("a configuration");
+        let other = Config::from_yaml("dns: {resolvers: [10.0.0.54]}\nnode: n1\n");
+        let other = other.expect("a configuration");
+        let first = Snapshot::default();
+        let inherited = Inherited::default();
+        let mut settings = Settings::new(config.clone(), &first, inherited, Arc::default());
+        let resolver = config.dns.resolvers[0];
+        let began = Instant::now();
+        let mut services = Services::default();
+        services.note_passed(claiming().all().cloned().map(Into::into).collect());
+        settings.take_services(&Arc::new(services), began);
+        // Neither these claims nor another configuration get in force.
+        assert!(settings.claims_on(&config, began).contains_key(&resolver));
+        assert_eq!(settings.claims_on(&other, began), Claims::new());
+        let claims = settings.claims_on(&config, began);
+        assert!(claims.contains_key(&resolver));
+        // They do now.
+        settings.claims = claims;
+        let later = began + CLAIMED_FOR;
         assert_eq!(settings.unclaimed(later), [resolver]);
         settings.forget(&[resolver], later);
         assert_eq!(settings.claims_on(&config, later), Claims::new());
