@@ -42,8 +42,10 @@ pub(super) enum Part {
 pub(super) struct Had {
     addresses: BTreeMap<Address, Instant>,
     parts: BTreeMap<Part, Instant>,
-    had_more: Option<Instant>,
-    had_more_addresses: Option<Instant>,
+    /// When it had more parts than these.
+    more: Option<Instant>,
+    /// When it had more external addresses than these.
+    more_addresses: Option<Instant>,
 }
 
 impl Had {
@@ -57,25 +59,25 @@ impl Had {
 
     /// Whether it had more parts than these.
     pub(super) fn had_more(&self) -> bool {
-        self.had_more.is_some()
+        self.more.is_some()
     }
 
     /// Whether it had more external addresses than these.
     pub(super) fn had_more_addresses(&self) -> bool {
-        self.had_more_addresses.is_some()
+        self.more_addresses.is_some()
     }
 
     fn forget(&mut self, now: Instant) {
         let lasts = |at: &Instant| now.duration_since(*at) <= REMEMBERED;
         self.addresses.retain(|_, at| lasts(at));
         self.parts.retain(|_, at| lasts(at));
-        self.had_more = self.had_more.filter(lasts);
-        self.had_more_addresses = self.had_more_addresses.filter(lasts);
+        self.more = self.more.filter(lasts);
+        self.more_addresses = self.more_addresses.filter(lasts);
     }
 
     /// Forgets parts, the ports at nodes last: nothing else denies these.
     fn forget_parts(&mut self, at: Instant) {
-        self.had_more = Some(at);
+        self.more = Some(at);
         let before = self.parts.len();
         let ports = std::mem::take(&mut self.parts).into_iter();
         let at_nodes = ports.filter_map(|(part, at)| match part {
@@ -107,7 +109,7 @@ impl Had {
         let mut since: Vec<_> = external.map(|(address, at)| (*at, *address)).collect();
         let surplus = since.len().saturating_sub(most);
         if surplus > 0 {
-            self.had_more_addresses = Some(at);
+            self.more_addresses = Some(at);
             since.sort_unstable();
             for (_, address) in since.into_iter().take(surplus) {
                 self.addresses.remove(&address);
