@@ -14,7 +14,7 @@ use egress_common::{
 };
 
 use super::{
-    ServiceName, Transport,
+    ServiceName, Services, Transport,
     coarse::{close, greedy},
 };
 use crate::{
@@ -204,7 +204,13 @@ fn listed(namespaces: &BTreeSet<&str>) -> String {
 impl Compiled {
     /// The policy with these rules. If that exceeds a limit, the Services of the namespaces that need most are closed as a
     /// whole; then those of all namespaces; and at last everything is denied. The text says so.
-    pub fn with_services(&self, settings: &Settings, added: &[Added]) -> (Self, Option<String>) {
+    /// Where that takes wider prefixes, they contain few cluster IPs of other Services of the cluster (`all`).
+    pub fn with_services(
+        &self,
+        settings: &Settings,
+        added: &[Added],
+        all: &Services,
+    ) -> (Self, Option<String>) {
         if added.is_empty() {
             return (self.clone(), None);
         }
@@ -214,12 +220,16 @@ impl Compiled {
         };
         let what = "the policy with its rules for Services";
         let greedy = greedy(added);
-        let all = added.iter().map(Added::namespace).collect();
-        for (namespaces, are_all) in [(greedy, false), (all, true)] {
+        // One entry more may keep IPv4 addresses out of an IPv6 prefix.
+        let room = (CIDR_ENTRIES as usize).saturating_sub(self.cidrs.len() + 1);
+        let every = added.iter().map(Added::namespace).collect();
+        for (namespaces, are_all) in [(greedy, false), (every, true)] {
             if namespaces.is_empty() {
                 continue;
             }
-            if let Ok(compiled) = self.with(settings, &close(added, &namespaces)) {
+            let others = all.cluster_ips_but(&namespaces);
+            let closed = close(added, &namespaces, room, &others);
+            if let Ok(compiled) = self.with(settings, &closed) {
                 let of = if are_all {
                     "Services".to_owned()
                 } else {

@@ -6,14 +6,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use egress_common::records::PortClass;
+use egress_common::{address::Address, records::PortClass};
 
-use super::added::{Added, EVERYTHING, Of, Place};
-use crate::prefix::{Prefix, from_mapped};
+use super::{
+    added::{Added, EVERYTHING, Of, Place},
+    cover::cover,
+};
+use crate::prefix::Prefix;
 
 /// Most classes that the Services of one namespace have before they are closed.
 const CLASSES: usize = 16;
-/// Most prefixes of one family that they have. From these on, their prefixes get wider.
+/// Most prefixes of one family that they have before they are closed.
 const PREFIXES: usize = 256;
 /// Most different ports of node ports and external addresses, before all between the lowest and the highest node port
 /// and all ports of the external addresses are denied.
@@ -42,8 +45,16 @@ pub(super) fn greedy(added: &[Added]) -> BTreeSet<&str> {
 }
 
 /// The rules, of which those of these namespaces are in a form that takes few classes and prefixes. Denials come before
-/// all rules then, and nothing is opened.
-pub(super) fn close(added: &[Added], namespaces: &BTreeSet<&str>) -> Vec<Added> {
+/// all rules then, and nothing is opened. All rules together have `most` prefixes.
+///
+/// The addresses of a namespace stay as they are if there is room. If not, the namespaces with most addresses get wider
+/// prefixes, which contain few of the `others`.
+pub(super) fn close(
+    added: &[Added],
+    namespaces: &BTreeSet<&str>,
+    most: usize,
+    others: &[Address],
+) -> Vec<Added> {
     let mut closed: BTreeMap<&str, Vec<&Added>> = BTreeMap::new();
     let mut rules = Vec::new();
     for one in added {
@@ -53,15 +64,67 @@ pub(super) fn close(added: &[Added], namespaces: &BTreeSet<&str>) -> Vec<Added> 
             closed.entry(one.namespace()).or_default().push(one);
         }
     }
-    rules.extend(
-        closed
-            .values()
-            .flat_map(|denials| closed_namespace(denials)),
-    );
+    let at_nodes = closed
+        .values()
+        .flatten()
+        .filter(|one| one.of == Of::NodePort);
+    let fixed: BTreeSet<&Prefix> = at_nodes
+        .copied()
+        .chain(&rules)
+        .flat_map(|one| &one.to)
+        .collect();
+    let most = most.saturating_sub(fixed.len());
+    let mut wanted: BTreeMap<Addresses<'_>, BTreeSet<Prefix>> = BTreeMap::new();
+    for (namespace, denials) in &closed {
+        for one in denials.iter().filter(|one| one.of != Of::NodePort) {
+            for prefix in &one.to {
+                let of = (*namespace, one.of == Of::External, prefix.is_v4());
+                wanted.entry(of).or_default().insert(*prefix);
+            }
+        }
+    }
+    let shares = shares(&wanted, most);
+    let covers: BTreeMap<Addresses<'_>, Vec<Prefix>> = wanted
+        .iter()
+        .map(|(of, prefixes)| {
+            let share = shares.get(of).copied().unwrap_or_default();
+            (*of, cover(prefixes, share, others))
+        })
+        .collect();
+    for (namespace, denials) in &closed {
+        rules.extend(closed_namespace(namespace, denials, &covers));
+    }
     rules
 }
 
-fn closed_namespace(denials: &[&Added]) -> Vec<Added> {
+/// The external addresses or the cluster IPs of a namespace, of one family.
+type Addresses<'a> = (&'a str, bool, bool);
+
+/// How many prefixes each gets: as many as it wants, unless it wants more than others that have to share as well.
+fn shares<'a>(
+    wanted: &BTreeMap<Addresses<'a>, BTreeSet<Prefix>>,
+    most: usize,
+) -> BTreeMap<Addresses<'a>, usize> {
+    let mut sizes: Vec<(usize, Addresses<'a>)> = wanted
+        .iter()
+        .map(|(of, prefixes)| (cover(prefixes, usize::MAX, &[]).len(), *of))
+        .collect();
+    sizes.sort_unstable();
+    let (mut left, mut count) = (most, sizes.len());
+    let shares = sizes.into_iter().map(|(size, of)| {
+        let share = size.min(left / count).max(1);
+        left = left.saturating_sub(share);
+        count -= 1;
+        (of, share)
+    });
+    shares.collect()
+}
+
+fn closed_namespace(
+    namespace: &str,
+    denials: &[&Added],
+    covers: &BTreeMap<Addresses<'_>, Vec<Prefix>>,
+) -> Vec<Added> {
     let of_ports = denials.iter().filter(|one| one.of != Of::ClusterIp);
     let ports: BTreeSet<PortClass> = of_ports.map(|one| one.class).collect();
     let node_ports = denials.iter().filter(|one| one.of == Of::NodePort);
@@ -74,18 +137,16 @@ fn closed_namespace(denials: &[&Added]) -> Vec<Added> {
             ..PortClass::NONE
         });
     let are_few = ports.len() <= PORTS;
-    let of_cluster = Lengths::of(denials, Of::ClusterIp);
-    let of_external = Lengths::of(denials, Of::External);
     let closed = denials.iter().map(|one| {
         let class = match one.of {
             Of::External | Of::NodePort if are_few => one.class,
             Of::ClusterIp | Of::External => EVERYTHING,
             Of::NodePort => node_ports.unwrap_or(one.class),
         };
-        let to = one.to.iter().map(|prefix| match one.of {
-            Of::NodePort => *prefix,
-            Of::ClusterIp => of_cluster.cut(prefix),
-            Of::External => of_external.cut(prefix),
+        let to = one.to.iter().map(|prefix| {
+            let of = (namespace, one.of == Of::External, prefix.is_v4());
+            let covers = covers.get(&of).filter(|_| one.of != Of::NodePort);
+            covers.map_or(*prefix, |covers| containing(covers, prefix))
         });
         Added {
             to: to.collect(),
@@ -97,42 +158,9 @@ fn closed_namespace(denials: &[&Added]) -> Vec<Added> {
     closed.collect()
 }
 
-/// The greatest lengths that leave no more than [`PREFIXES`] prefixes of each family. Those of IPv4 are lengths in mapped
-/// addresses.
-struct Lengths {
-    v4: u32,
-    v6: u32,
-}
-
-impl Lengths {
-    fn of(denials: &[&Added], of: Of) -> Self {
-        let denials = denials.iter().filter(|one| one.of == of);
-        let prefixes: BTreeSet<Prefix> = denials.flat_map(|one| &one.to).copied().collect();
-        let [v4, v6] = [true, false].map(|is_v4| {
-            let mut length = u128::BITS;
-            loop {
-                let of_family = prefixes.iter().filter(|prefix| prefix.is_v4() == is_v4);
-                let cut: BTreeSet<Prefix> = of_family.map(|prefix| cut(prefix, length)).collect();
-                if cut.len() <= PREFIXES {
-                    return length;
-                }
-                length -= 1;
-            }
-        });
-        Self { v4, v6 }
-    }
-
-    fn cut(&self, prefix: &Prefix) -> Prefix {
-        cut(prefix, if prefix.is_v4() { self.v4 } else { self.v6 })
-    }
-}
-
-/// The prefix of at most this length that contains a prefix.
-fn cut(prefix: &Prefix, length: u32) -> Prefix {
-    if prefix.prefix_len() <= length {
-        return *prefix;
-    }
-    let of_mapping = if prefix.is_v4() { 96 } else { 0 };
-    let address = from_mapped(&prefix.network());
-    Prefix::containing(address, length.saturating_sub(of_mapping))
+/// The one of these prefixes, which are in order, that contains another.
+fn containing(covers: &[Prefix], prefix: &Prefix) -> Prefix {
+    let after = covers.partition_point(|cover| cover.network() <= prefix.network());
+    let cover = after.checked_sub(1).and_then(|place| covers.get(place));
+    cover.copied().unwrap_or(*prefix)
 }

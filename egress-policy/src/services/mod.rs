@@ -24,6 +24,7 @@
 //! | `needed` | which of them a policy gets |
 //! | `closed` | what denies a Service that has lost more than is remembered |
 //! | `coarse` | what stands for them if they are too many |
+//! | `cover` | few prefixes for many addresses |
 //! | [`led`] | connections that a node translates |
 //! | [`lost`] | what Services have lost within the last minute |
 //! | `whole` | a Service with what it has lost |
@@ -33,6 +34,7 @@ pub mod added;
 mod candidates;
 mod closed;
 mod coarse;
+mod cover;
 pub mod judge;
 pub mod led;
 pub mod lost;
@@ -50,10 +52,10 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use egress_common::protocol::bits;
+use egress_common::{address::Address, protocol::bits};
 use serde::{Deserialize, Serialize};
 
-use super::prefix::Prefix;
+use super::prefix::{Prefix, to_mapped};
 pub use added::About;
 use candidates::Index;
 pub use judge::Known;
@@ -182,6 +184,13 @@ impl PartialEq for Services {
 
 impl Eq for Services {}
 
+impl Known {
+    /// The Services of the cluster, with what they have lost lately.
+    pub fn services(&self) -> &Services {
+        &self.services
+    }
+}
+
 impl Services {
     /// These Services, in a cluster whose nodes have these addresses.
     pub fn new(services: impl IntoIterator<Item = Arc<Service>>, nodes: Vec<Prefix>) -> Self {
@@ -248,6 +257,19 @@ impl Services {
     /// All of them.
     pub fn all(&self) -> impl Iterator<Item = &Arc<Service>> {
         self.all.values()
+    }
+
+    /// The cluster IPs of Services that are in none of these namespaces, in order.
+    fn cluster_ips_but(&self, namespaces: &BTreeSet<&str>) -> Vec<Address> {
+        let others = self.all.values();
+        let others = others.filter(|service| !namespaces.contains(&*service.name.namespace));
+        let mut addresses: Vec<Address> = others
+            .flat_map(|service| &service.cluster)
+            .map(|ip| to_mapped(*ip))
+            .collect();
+        addresses.sort_unstable();
+        addresses.dedup();
+        addresses
     }
 
     /// Addresses of nodes.

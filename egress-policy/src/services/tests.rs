@@ -126,7 +126,7 @@ fn compiled(list: Option<&str>, rules: &[(TierAction, &str)], settings: &Setting
 
 fn with(policy: &Compiled, known: &Known, settings: &Settings) -> Compiled {
     let added = needed(&known.judge_all(policy));
-    let (policy, problem) = policy.with_services(settings, &added);
+    let (policy, problem) = policy.with_services(settings, &added, known.services());
     assert_eq!(problem, None);
     policy
 }

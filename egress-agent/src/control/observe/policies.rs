@@ -40,8 +40,9 @@ impl Reading {
     }
 
     /// Puts the rules for Services into the policy.
-    fn complete(&mut self, settings: &Settings) {
-        let (compiled, problem) = complete(&self.alone, &self.for_services, settings);
+    fn complete(&mut self, settings: &Settings, services: &Services) {
+        let for_services = (&self.for_services, services);
+        let (compiled, problem) = complete(&self.alone, for_services, settings);
         self.services_problem = problem;
         if *self.compiled != *compiled {
             self.compiled = compiled;
@@ -52,13 +53,13 @@ impl Reading {
 /// A policy with the rules that it needs for Services, and the problem with these.
 fn complete(
     alone: &Arc<Compiled>,
-    for_services: &ByService,
+    (for_services, all): (&ByService, &Services),
     settings: &Settings,
 ) -> (Arc<Compiled>, Option<String>) {
     if for_services.is_empty() {
         return (Arc::clone(alone), None);
     }
-    let (compiled, problem) = alone.with_services(settings, &needed(for_services));
+    let (compiled, problem) = alone.with_services(settings, &needed(for_services), all);
     (Arc::new(compiled), problem)
 }
 
@@ -96,7 +97,11 @@ impl Policies {
         let read = fallback::read(&parts, good.unwrap_or_default(), &self.settings);
         let alone = Arc::new(read.compiled);
         let for_services = self.services.judge_all(&alone);
-        let (compiled, services_problem) = complete(&alone, &for_services, &self.settings);
+        let (compiled, services_problem) = complete(
+            &alone,
+            (&for_services, self.services.services()),
+            &self.settings,
+        );
         let reading = Reading {
             uid: pod.uid.clone(),
             uses_sets: parts.use_sets(),
@@ -127,7 +132,7 @@ impl Policies {
         for reading in self.pods.values_mut() {
             let before = &mut reading.for_services;
             if self.services.judge_again(&reading.alone, before, &again) {
-                reading.complete(&self.settings);
+                reading.complete(&self.settings, self.services.services());
             }
         }
     }
@@ -201,7 +206,11 @@ impl Policies {
 
     fn with_services(&self, closed: &Arc<Compiled>) -> Arc<Compiled> {
         let for_services = self.services.judge_all(closed);
-        let (closed, _) = complete(closed, &for_services, &self.settings);
+        let (closed, _) = complete(
+            closed,
+            (&for_services, self.services.services()),
+            &self.settings,
+        );
         closed
     }
 

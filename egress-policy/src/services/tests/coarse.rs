@@ -20,7 +20,7 @@ fn of(namespace: &str, service: &Arc<Service>) -> Arc<Service> {
 /// The policy with its rules, and the problem with these.
 fn closed(base: &Compiled, known: &Known, settings: &Settings) -> (Compiled, String) {
     let added = needed(&known.judge_all(base));
-    let (policy, problem) = base.with_services(settings, &added);
+    let (policy, problem) = base.with_services(settings, &added, known.services());
     (policy, problem.expect("a problem"))
 }
 
@@ -170,4 +170,79 @@ fn no_namespace_takes_the_opened_ports_of_another() {
     let opened =
         (0..20).filter(|number| passes(&policy, &format!("10.96.1.{number}:{}", 1 + number)));
     assert_eq!(opened.count(), 15);
+}
+
+/// A Service of another namespace for each address that the namespace `many` does not have, in every 50th place.
+fn among_others(count: u32) -> (Vec<Arc<Service>>, Vec<String>) {
+    let own = |number: u32| (u64::from(number) * 2_654_435_761 % 65_536) as u16;
+    let address = |at: u16| format!("10.96.{}.{}", at >> 8, at & 255);
+    let many = (0..count).map(|number| {
+        // One port of two is denied, and it is another one of each Service.
+        let ports = [
+            port(1_000 + number as u16, &["10.1.0.2:80"]),
+            port(80, &["10.1.0.3:80"]),
+        ];
+        let name = format!("s{number}");
+        of("many", &service(&name, &address(own(number)), &ports))
+    });
+    let taken: std::collections::BTreeSet<u16> = (0..count).map(own).collect();
+    let others = (0..u16::MAX).step_by(50);
+    let others: Vec<String> = others
+        .filter(|at| !taken.contains(at))
+        .map(address)
+        .collect();
+    let services = others.iter().zip(0..).map(|(ip, number)| {
+        let name = format!("o{number}");
+        service(&name, ip, &[port(80, &["10.1.0.3:80"])])
+    });
+    (many.chain(services).collect(), others)
+}
+
+#[test]
+fn many_services_of_a_namespace_close_none_of_others() {
+    let settings = settings();
+    for count in [300, 600, 6_000] {
+        let (services, others) = among_others(count);
+        let (policy, problem) = closed(&base(&settings), &known(&services), &settings);
+        assert!(problem.contains("namespace many with"), "{problem}");
+        let cidrs = places::Trie::<egress_common::classes::ClassSet>::of_cidrs(&policy.cidrs);
+        let is_closed = |ip: &IpAddr| {
+            let classes = cidrs.get(&to_mapped(*ip));
+            classes.meets(policy.record.deny)
+        };
+        for service in services.iter().filter(|one| &*one.name.namespace == "many") {
+            assert!(is_closed(&service.cluster[0]), "{count}: {}", service.name);
+        }
+        for ip in &others {
+            assert!(!is_closed(&ip.parse().unwrap()), "{count}: {ip}");
+        }
+        assert!(passes(&policy, &format!("{}:80", others[0])));
+    }
+}
+
+#[test]
+fn namespaces_that_exceed_the_room_share_it() {
+    let settings = settings();
+    let (mut services, _) = among_others(6_000);
+    let few = (0..300_u16).map(|number| {
+        let ports = [
+            port(10_000 + number, &["10.1.0.2:80"]),
+            port(80, &["10.1.0.3:80"]),
+        ];
+        let ip = format!("10.97.{}.{}", number / 128, 2 * (number % 128));
+        of("few", &service(&format!("f{number}"), &ip, &ports))
+    });
+    services.extend(few);
+    let (policy, problem) = closed(&base(&settings), &known(&services), &settings);
+    assert!(problem.contains("namespace few, many with"), "{problem}");
+    // The smaller namespace keeps its addresses.
+    let cidrs = places::Trie::<egress_common::classes::ClassSet>::of_cidrs(&policy.cidrs);
+    let is_closed = |ip: &str| {
+        let classes = cidrs.get(&to_mapped(ip.parse().unwrap()));
+        classes.meets(policy.record.deny)
+    };
+    for number in 0..128 {
+        assert!(is_closed(&format!("10.97.0.{}", 2 * number)));
+        assert!(!is_closed(&format!("10.97.0.{}", 2 * number + 1)));
+    }
 }
