@@ -175,4 +175,26 @@ mod tests {
         let services = service(DNS, Transport::Udp, 53, &[]);
         assert_eq!(services.claims(&resolvers()), BTreeMap::new());
     }
+
+    #[test]
+    fn a_service_that_had_more_than_is_known_claims_what_it_may_have_claimed() {
+        let claimed = |external: &str, had_more: bool, had_more_addresses: bool| {
+            let service = service(external, Transport::Udp, 443, &["10.1.9.9:53"]);
+            let service = service.all().next().expect("a Service");
+            let mut services = Services::default();
+            services.note_passed(vec![crate::services::Passed {
+                service: Arc::clone(service),
+                had_more,
+                had_more_addresses,
+            }]);
+            let claims = services.passed_claims(&resolvers()).into_keys();
+            claims
+                .map(|resolver| resolver.address.to_string())
+                .collect::<Vec<_>>()
+        };
+        assert!(claimed("192.0.2.53", false, false).is_empty());
+        assert_eq!(claimed("192.0.2.53", true, false), ["192.0.2.53"]);
+        assert!(claimed("192.0.2.54", true, false).is_empty());
+        assert_eq!(claimed("192.0.2.54", false, true).len(), resolvers().len());
+    }
 }
