@@ -112,6 +112,24 @@ impl Classes {
         Ok(classes)
     }
 
+    /// All of them.
+    pub(super) fn all(&self) -> ClassSet {
+        let mut all = ClassSet::EMPTY;
+        for index in 0..self.distinct.len() {
+            all |= ClassSet::one(index as u8);
+        }
+        all
+    }
+
+    /// The classes of the rules of `others`, whose actions are `moved` here. Their order is the same.
+    pub(super) fn counterparts(&self, others: &Self, moved: impl Fn(Action) -> Action) -> ClassSet {
+        let mut found = ClassSet::EMPTY;
+        for (action, class) in &others.distinct {
+            found |= self.number(&(moved(*action), *class));
+        }
+        found
+    }
+
     /// The action of the class with this number.
     pub(super) fn action(&self, class: u8) -> Option<Action> {
         let (action, _) = self.distinct.get(usize::from(class))?;
@@ -127,9 +145,12 @@ impl Classes {
         if !self.has_class(action, rule) {
             return ClassSet::EMPTY;
         }
-        self.distinct
-            .binary_search(&(action, rule.class))
-            .map_or(ClassSet::EMPTY, |index| ClassSet::one(index as u8))
+        self.number(&(action, rule.class))
+    }
+
+    fn number(&self, class: &(Action, PortClass)) -> ClassSet {
+        let found = self.distinct.binary_search(class);
+        found.map_or(ClassSet::EMPTY, |index| ClassSet::one(index as u8))
     }
 
     /// The kernel's record, as far as it follows from the classes.

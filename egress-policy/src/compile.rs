@@ -78,6 +78,10 @@ pub struct Compiled {
     pub closed_by: Arc<[Closer]>,
     /// What stands for the endpoints of Services, see [`Self::with_services`].
     pub(super) services: Arc<[Added]>,
+    /// The classes of its other rules: those of the policy without that, in the same order.
+    pub(super) own: ClassSet,
+    /// The policy without that, if there is any.
+    pub(super) alone: Option<Arc<Compiled>>,
     /// The entries that decide about addresses, in the order in which they explain a decision.
     pub(super) deciding: Vec<Deciding>,
     pub(super) translators: Translators,
@@ -191,9 +195,12 @@ pub(super) fn build(
 
     let ordered = !tiers.is_empty();
     let mut classes = Classes::new(ordered, &tiers, &allow, &deny)?;
+    let mut own = classes.all();
     if !added.is_empty() {
-        added::insert(added, &classes, &mut tiers, &mut allow, &mut deny);
-        classes = Classes::new(ordered, &tiers, &allow, &deny)?;
+        let moved = added::insert(added, &classes, &mut tiers, &mut allow, &mut deny);
+        let with_added = Classes::new(ordered, &tiers, &allow, &deny)?;
+        own = with_added.counterparts(&classes, |action| moved.action(action));
+        classes = with_added;
     }
     let mut record = classes.record()?;
     record.flags = flags(settings)
@@ -280,6 +287,8 @@ pub(super) fn build(
         warnings,
         closed_by: closed_by.into_iter().take(CLOSERS).collect(),
         services: added.into(),
+        own,
+        alone: None,
         deciding,
         translators: settings.translators.clone(),
         source: Source(Some(Arc::clone(source))),
@@ -465,6 +474,8 @@ fn closed(settings: &Settings, why: u32) -> Compiled {
         warnings: Vec::new(),
         closed_by: Arc::default(),
         services: Arc::default(),
+        own: ClassSet::EMPTY,
+        alone: None,
         deciding: Vec::new(),
         translators: settings.translators.clone(),
         source: Source(None),

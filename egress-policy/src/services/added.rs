@@ -8,6 +8,7 @@ use std::{
 
 use egress_common::{
     address::Address,
+    classes::ClassSet,
     limits::CIDR_ENTRIES,
     protocol::bits,
     records::{Policy, PortClass},
@@ -126,6 +127,24 @@ impl Added {
     }
 }
 
+/// How far runs of ordered rules have moved back.
+pub(crate) struct Moved {
+    admin: BTreeSet<usize>,
+    baseline: BTreeSet<usize>,
+}
+
+impl Moved {
+    /// The action that rules with this one have now.
+    pub(crate) fn action(&self, action: Action) -> Action {
+        let place = |inserted: &BTreeSet<usize>, run| run + inserted.range(..=run).count();
+        match action {
+            Action::Admin(run, effect) => Action::Admin(place(&self.admin, run), effect),
+            Action::Baseline(run, effect) => Action::Baseline(place(&self.baseline, run), effect),
+            other @ (Action::Deny | Action::Allow | Action::AllowUnderAny) => other,
+        }
+    }
+}
+
 /// Puts the rules at their places. `classes` are those of the policy without them.
 pub(crate) fn insert(
     added: &[Added],
@@ -133,7 +152,7 @@ pub(crate) fn insert(
     tiers: &mut Tiers,
     allow: &mut Vec<Rule>,
     deny: &mut Vec<Rule>,
-) {
+) -> Moved {
     let mut before_admin = Inserted::default();
     let mut before_baseline = Inserted::default();
     let mut last: Vec<Rule> = Vec::new();
@@ -158,11 +177,16 @@ pub(crate) fn insert(
             None => last.extend(one.rules(false)),
         }
     }
+    let moved = Moved {
+        admin: before_admin.0.keys().copied().collect(),
+        baseline: before_baseline.0.keys().copied().collect(),
+    };
     before_admin.into_runs(&mut tiers.admin);
     before_baseline.into_runs(&mut tiers.baseline);
     if !last.is_empty() {
         tiers.baseline.push(denying(last));
     }
+    moved
 }
 
 /// Connections that the pod opens are denied, and no reply.
@@ -202,6 +226,38 @@ fn listed(namespaces: &BTreeSet<&str>) -> String {
 }
 
 impl Compiled {
+    /// The policy [with these rules](Self::with_services), which knows this one.
+    pub fn completed(
+        self: &Arc<Self>,
+        settings: &Settings,
+        added: &[Added],
+        all: &Services,
+    ) -> (Arc<Self>, Option<String>) {
+        if added.is_empty() {
+            return (Arc::clone(self), None);
+        }
+        let (mut compiled, problem) = self.with_services(settings, added, all);
+        compiled.alone = Some(Arc::clone(self));
+        (Arc::new(compiled), problem)
+    }
+
+    /// The policy without its rules for Services.
+    pub fn without_services(&self) -> &Self {
+        self.alone.as_deref().unwrap_or(self)
+    }
+
+    /// The classes in the policy [without its rules for Services](Self::without_services) of the rules that have these
+    /// classes here. Rules for Services put the others at other numbers.
+    pub fn classes_without_services(&self, classes: ClassSet) -> ClassSet {
+        let mut found = ClassSet::EMPTY;
+        for (here, there) in self.own.iter().zip(0..) {
+            if classes.meets(ClassSet::one(here)) {
+                found |= ClassSet::one(there);
+            }
+        }
+        found
+    }
+
     /// The policy with these rules. If that exceeds a limit, the Services of the namespaces that need most are closed as a
     /// whole; then those of all namespaces; and at last everything is denied. The text says so.
     /// Where that takes wider prefixes, they contain few cluster IPs of other Services of the cluster (`all`).

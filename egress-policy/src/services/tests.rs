@@ -7,9 +7,10 @@ mod lost;
 use std::{collections::BTreeMap, net::IpAddr};
 
 use egress_common::{
+    classes::ClassSet,
     protocol::bits,
     reason::Reason,
-    records::{RANGE_INTERNAL, RANGE_PROTECTED, RANGE_SERVICES, Range, TunnelKey},
+    records::{Policy, RANGE_INTERNAL, RANGE_PROTECTED, RANGE_SERVICES, Range, TunnelKey},
     verdict::{Verdict, judge as verdict_on},
 };
 use proptest::prelude::*;
@@ -133,7 +134,7 @@ fn with(policy: &Compiled, known: &Known, settings: &Settings) -> Compiled {
 
 fn verdict(policy: &Compiled, to: &str, transport: Transport) -> Verdict {
     let to: SocketAddr = to.parse().unwrap();
-    let cidrs = places::Trie::<egress_common::classes::ClassSet>::of_cidrs(&policy.cidrs);
+    let cidrs = places::Trie::<ClassSet>::of_cidrs(&policy.cidrs);
     let at = (transport, to.port());
     let places = places();
     let range = places.range(to.ip());
@@ -321,7 +322,7 @@ fn an_entry_for_an_outside_host_does_not_open_a_service_that_takes_its_address()
         &settings,
     );
     let at = (Transport::Tcp, 80);
-    let cidrs = places::Trie::<egress_common::classes::ClassSet>::of_cidrs(&policy.cidrs);
+    let cidrs = places::Trie::<ClassSet>::of_cidrs(&policy.cidrs);
     let ip: IpAddr = "198.51.100.7".parse().unwrap();
     let places = places();
     let range = places.range(ip);
@@ -482,6 +483,16 @@ proptest! {
         let name = Arc::clone(&web(&[]).name);
         known.judge_again(&base, &mut by_name, &Again::These([name].into()));
         prop_assert_eq!(known.judge_all(&base), by_name);
+        // Each class of before is still there, in the same order.
+        let classes = base.own.iter().zip(policy.own.iter());
+        prop_assert_eq!(base.own.iter().count(), policy.own.iter().count());
+        for (alone, class) in classes {
+            let of = |record: &Policy, class: u8| (
+                record.classes[usize::from(class)],
+                [record.deny, record.pass, record.admin, record.baseline].map(|set| set.meets(ClassSet::one(class))),
+            );
+            prop_assert_eq!(of(&base.record, alone), of(&policy.record, class));
+        }
         let service = format!("{CLUSTER_IP}:80");
         let before = verdict(&base, &service, Transport::Tcp);
         let after = verdict(&policy, &service, Transport::Tcp);

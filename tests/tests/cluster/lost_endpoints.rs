@@ -26,18 +26,18 @@ use crate::{
 };
 
 /// The minute for which a lost endpoint counts, and time for a crowded machine.
-const LONG: Duration = Duration::from_secs(150);
+pub(super) const LONG: Duration = Duration::from_secs(150);
 /// A lost endpoint counts for longer than this.
 const MEANWHILE: Duration = Duration::from_secs(40);
 
 /// Makes the node translate connections that it does not know to this address only.
-fn translate_only(cluster: &Cluster, from: (IpAddr, u16), to: (IpAddr, u16)) {
+pub(super) fn translate_only(cluster: &Cluster, from: (IpAddr, u16), to: (IpAddr, u16)) {
     nft(cluster.lab.node(), "flush table ip services");
     translate(cluster, from, to);
 }
 
 /// Makes the node know conversations over UDP for longer than the test takes. A colluding endpoint does it by sending.
-fn remember_udp(cluster: &Cluster) {
+pub(super) fn remember_udp(cluster: &Cluster) {
     cluster.lab.node().run(|| {
         for setting in [
             "nf_conntrack_udp_timeout",
@@ -50,7 +50,12 @@ fn remember_udp(cluster: &Cluster) {
 }
 
 /// Asks a question on a connected socket, and returns the addresses of the response.
-fn ask(socket: &UdpSocket, id: u16, name: &str, timeout: Duration) -> Option<Vec<IpAddr>> {
+pub(super) fn ask(
+    socket: &UdpSocket,
+    id: u16,
+    name: &str,
+    timeout: Duration,
+) -> Option<Vec<IpAddr>> {
     let query = question(id, name, RecordType::A);
     socket.set_read_timeout(Some(timeout)).expect("a time-out");
     socket.send(&query).expect("send a query");
@@ -60,7 +65,7 @@ fn ask(socket: &UdpSocket, id: u16, name: &str, timeout: Duration) -> Option<Vec
 }
 
 /// Whether the pod's policy denies packets to an address and port, and the whole answer.
-fn decides(cluster: &Cluster, pod: &Pod, to: (IpAddr, u16)) -> (bool, String) {
+pub(super) fn decides(cluster: &Cluster, pod: &Pod, to: (IpAddr, u16)) -> (bool, String) {
     let (_, explained) = cluster.lab.explain(pod, &SocketAddr::from(to).to_string());
     (explained["decision"] == "denied", explained.to_string())
 }

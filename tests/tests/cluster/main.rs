@@ -12,4 +12,5 @@ mod rights;
 mod services;
 mod source;
 mod status;
+mod translated;
 mod unknown_pods;

@@ -23,7 +23,7 @@ use crate::{conformance, policies::put};
 const SERVICES: &str = "10.96.0.0/16";
 const SERVICES6: &str = "fd96::/112";
 /// The node's address.
-const NODE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 98, 0, 1));
+pub(super) const NODE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 98, 0, 1));
 /// The reason of every denial here.
 const DENIED: &str = "deny_rule";
 

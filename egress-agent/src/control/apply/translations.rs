@@ -117,14 +117,14 @@ impl Applier {
             let Some(enforced) = self.enforced.get(subject) else {
                 continue;
             };
-            let policy = policies.without_services(subject);
-            let policy = policy.unwrap_or(&enforced.wanted.compiled);
+            let compiled = &enforced.wanted.compiled;
             let mut judged = Vec::new();
             for (_, led) in &connections {
-                judged.push((*led, learned(&view, enforced.policy, led.to.ip())?));
+                let learned = learned(&view, enforced.policy, led.to.ip())?;
+                judged.push((*led, compiled.classes_without_services(learned)));
             }
             let of_pod: HashSet<Led> = judge
-                .denied(policy, judged.into_iter())
+                .denied(compiled.without_services(), judged.into_iter())
                 .into_iter()
                 .collect();
             let is_denied =

@@ -56,11 +56,7 @@ fn complete(
     (for_services, all): (&ByService, &Services),
     settings: &Settings,
 ) -> (Arc<Compiled>, Option<String>) {
-    if for_services.is_empty() {
-        return (Arc::clone(alone), None);
-    }
-    let (compiled, problem) = alone.with_services(settings, &needed(for_services), all);
-    (Arc::new(compiled), problem)
+    alone.completed(settings, &needed(for_services), all)
 }
 
 /// The policies of all pods.
@@ -150,11 +146,6 @@ impl Policies {
     /// The Services, with the kinds of addresses on this node.
     pub(in crate::control) fn services(&self) -> &Known {
         &self.services
-    }
-
-    /// The policy of a pod without its rules for Services.
-    pub(in crate::control) fn without_services(&self, key: &Subject) -> Option<&Arc<Compiled>> {
-        self.pods.get(key).map(|reading| &reading.alone)
     }
 
     /// Compiles with other settings from now on.

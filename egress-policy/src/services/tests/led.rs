@@ -1,6 +1,7 @@
 //! Connections that a node translates are judged by where they lead.
 
-use egress_common::classes::ClassSet;
+use egress_common::{classes::ClassSet, records::PortClass};
+use egress_dns::Name;
 
 use super::*;
 
@@ -84,5 +85,37 @@ fn connections_to_no_service_stay() {
     let deny: &[(TierAction, &str)] = &[(TierAction::Deny, "10.1.0.2")];
     for to in ["10.9.0.1:8080", "198.51.100.8:80", "198.51.100.7:81"] {
         assert!(!ends(None, deny, (to, BAD)), "{to}");
+    }
+}
+
+#[test]
+fn names_keep_a_connection_also_beside_rules_for_other_services() {
+    // Port 53 of a pod is a DNS server behind another port: a denial before the entry for all destinations.
+    let dns = service("dns", "10.96.0.8", &[port(443, &["10.1.0.3:53"])]);
+    let known = known(&[web(&[OUTSIDE]), dns]);
+    let deny: &[(TierAction, &str)] = &[(TierAction::Deny, "10.1.0.9:9 *:25")];
+    for (rules, others) in [(&[][..], "*:443"), (deny, "*:443 other.test:22")] {
+        let settings = settings();
+        let alone = Arc::new(compiled(
+            Some(&format!("web.shop.test:80 {others}")),
+            rules,
+            &settings,
+        ));
+        let added = needed(&known.judge_all(&alone));
+        let (policy, problem) = alone.completed(&settings, &added, known.services());
+        assert_eq!(problem, None);
+        let name = Name::from_labels(["web", "shop", "test"].map(str::as_bytes)).unwrap();
+        let classes = |policy: &Compiled| policy.names.classes(&name);
+        assert_ne!(classes(&policy), classes(&alone), "nothing has moved");
+        assert_eq!(policy.without_services(), &*alone);
+        assert_eq!(
+            policy.classes_without_services(classes(&policy)),
+            classes(&alone)
+        );
+        // Rules for Services have no counterpart.
+        let all = policy.classes_without_services(ClassSet::ALL);
+        let of_alone = alone.record.classes.iter().zip(0..);
+        let number = of_alone.filter(|(class, _)| **class != PortClass::NONE);
+        assert_eq!(all.iter().count(), number.count());
     }
 }
