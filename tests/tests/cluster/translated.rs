@@ -59,33 +59,31 @@ fn another_teams_service_ends_no_connection_that_a_name_allows() {
     let other_pod = cluster.run(&other, "other", &Value::Null);
     let _echo = serve(web.net().netns(), 8080);
     let web_ip = IpAddr::V4(web.net().ipv4());
-    let [web_name, api_name] =
-        ["web", "api"].map(|name| format!("{name}.{shop}.svc.cluster.local"));
-    let [web_at, api_at] = ["web", "api"].map(|name| {
-        let ip = service(&cluster.server, &shop, name);
-        endpoints(&cluster.server, &shop, name, &[web_ip], 8080);
-        (ip, 80)
-    });
-    let mut lists = allow(&format!("{web_name}:80 {api_name}:80 *:443"));
+    let name = format!("web.{shop}.svc.cluster.local");
+    let at = (service(&cluster.server, &shop, "web"), 80);
+    endpoints(&cluster.server, &shop, "web", &[web_ip], 8080);
+    cluster.lab.dns().addresses(&name, &[at.0]);
+    let list = allow(&format!("{name}:80 *:443"));
+    let cart = cluster.run(&shop, "cart", &list);
+    let mut lists = list.clone();
     lists["egress-agent.dev/deny"] = outside(9).to_string().into();
-    let cart = cluster.run(&shop, "cart", &lists);
+    let denied = cluster.run(&shop, "denied", &lists);
     let agent = cluster.start_agent();
-    agent.wait_enforcing(cart.net());
-    for (name, (ip, _)) in [(&web_name, web_at), (&api_name, api_at)] {
-        cluster.lab.dns().addresses(name, &[ip]);
-        assert_eq!(cart.net().lookup(name), [ip]);
+    for pod in [&cart, &denied] {
+        agent.wait_enforcing(pod.net());
+        assert_eq!(pod.net().lookup(&name), [at.0]);
     }
-    translate(&cluster, web_at, (web_ip, 8080));
-    let mut allowed = cart.net().talks_tcp(web_at);
+    translate(&cluster, at, (web_ip, 8080));
+    let mut allowed = cart.net().talks_tcp(at);
     agent.applies_policy_after(cart.net(), || {
         let endpoint = IpAddr::V4(other_pod.net().ipv4());
         create_with_a_dns_server(&cluster, &other, endpoint);
     });
 
-    translate(&cluster, api_at, (outside(9), 8443));
-    let mut denied = cart.net().talks_tcp(api_at);
-    // The node translates new connections to nothing that is denied.
-    translate_only(&cluster, api_at, (web_ip, 8080));
+    translate_only(&cluster, at, (outside(9), 8443));
+    let mut denied = denied.net().talks_tcp(at);
+    // The node leads new connections, and those that it has forgotten, to a third endpoint.
+    translate_only(&cluster, at, (IpAddr::V4(other_pod.net().ipv4()), 8080));
     ends(&mut denied, "to a denied endpoint");
     assert!(
         exchange(&mut allowed, b"still", LONG),
