@@ -29,6 +29,15 @@ pub struct Led {
     pub endpoint: SocketAddr,
 }
 
+/// The classes of names that a pod has resolved to an address.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Learned {
+    /// All of them.
+    pub all: ClassSet,
+    /// Those that count even if the address is internal.
+    pub internal: ClassSet,
+}
+
 impl Transport {
     /// The transport of a protocol's number.
     pub const fn of_protocol(protocol: u8) -> Option<Self> {
@@ -94,14 +103,15 @@ impl<'a> Connections<'a> {
     }
 
     /// The connections out of these that lead to an endpoint which the policy denies, and not because of an entry for the
-    /// Service. `policy` is the one without rules for Services. Each connection comes with the classes of names that the
-    /// pod has resolved to the address to which it sends.
+    /// Service. `policy` is the one without rules for Services. Each connection comes with the classes, in this policy, of
+    /// names that the pod has resolved to the address to which it sends. They count as for the programs, but do not
+    /// expire.
     ///
     /// Connections to no Service stay: the agent judges the address to which the pod sends.
     pub fn denied(
         &self,
         policy: &Compiled,
-        connections: impl Iterator<Item = (Led, ClassSet)>,
+        connections: impl Iterator<Item = (Led, Learned)>,
     ) -> Vec<Led> {
         let judge = Judge::new(policy, self.known);
         connections
@@ -129,7 +139,7 @@ impl<'a> Connections<'a> {
         }
     }
 
-    fn is_denied(&self, judged_by: &Judge<'_>, led: &Led, learned: ClassSet) -> bool {
+    fn is_denied(&self, judged_by: &Judge<'_>, led: &Led, learned: Learned) -> bool {
         let Led {
             transport,
             to,
@@ -152,7 +162,10 @@ impl<'a> Connections<'a> {
         if judge(record, &destination, transport.bit(), endpoint.at.port()) == Verdict::Pass {
             return false;
         }
-        let learned_here = learned.and(record.ports.matching(transport.bit(), to.port()));
+        let mut service = judged_by.destination(to.ip(), at);
+        (service.learned, service.learned_internal) = (learned.all, learned.internal);
+        let matching = record.ports.matching(transport.bit(), to.port());
+        let learned_here = service.learned_classes(record).and(matching);
         let seen = match of {
             Of::ClusterIp => {
                 let mut seen = judged_by.seen_at(to.ip(), at);
@@ -167,8 +180,6 @@ impl<'a> Connections<'a> {
         }
         // Nothing denies the endpoint that does not deny the Service. So the Service decides, unless it is open because of
         // its endpoints.
-        let mut service = judged_by.destination(to.ip(), at);
-        (service.learned, service.learned_internal) = (learned, learned);
         judge(record, &service, transport.bit(), to.port()) != Verdict::Pass
     }
 }

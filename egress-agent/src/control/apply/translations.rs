@@ -13,11 +13,11 @@ use std::{
 };
 
 use anyhow::Result;
-use egress_common::{address::Address, classes::ClassSet, ids::PolicyId};
+use egress_common::{address::Address, ids::PolicyId};
 use egress_policy::{
-    Mode, Resolver,
+    Compiled, Mode, Resolver,
     prefix::to_mapped,
-    services::{Connections, Led, Transport},
+    services::{Connections, Learned, Led, Transport},
 };
 
 use super::Applier;
@@ -121,7 +121,7 @@ impl Applier {
             let mut judged = Vec::new();
             for (_, led) in &connections {
                 let learned = learned(&view, enforced.policy, led.to.ip())?;
-                judged.push((*led, compiled.classes_without_services(learned)));
+                judged.push((*led, without_services(learned, compiled)));
             }
             let of_pod: HashSet<Led> = judge
                 .denied(compiled.without_services(), judged.into_iter())
@@ -166,13 +166,24 @@ fn led(connection: &Translated) -> Option<Led> {
 }
 
 /// The classes of names that a pod has resolved to an address, expired or not: open connections stay.
-fn learned(view: &View, policy: PolicyId, address: IpAddr) -> Result<ClassSet> {
+fn learned(view: &View, policy: PolicyId, address: IpAddr) -> Result<Learned> {
     let Some(record) = view.policy(policy)? else {
-        return Ok(ClassSet::EMPTY);
+        return Ok(Learned::default());
     };
     let (destination, _) =
         view.destination((policy, &record), &to_mapped(address), boottime_ns())?;
-    Ok(destination.learned_internal)
+    Ok(Learned {
+        all: destination.learned,
+        internal: destination.learned_internal,
+    })
+}
+
+/// The same classes in the policy without its rules for Services.
+fn without_services(learned: Learned, policy: &Compiled) -> Learned {
+    Learned {
+        all: policy.classes_without_services(learned.all),
+        internal: policy.classes_without_services(learned.internal),
+    }
 }
 
 /// Whether the node leads queries to a resolver that is claimed no more to another server.

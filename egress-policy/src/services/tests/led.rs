@@ -11,7 +11,7 @@ const BAD: &str = "10.1.0.2:80";
 const OUTSIDE: &str = "203.0.113.9:80";
 
 /// Whether the policy ends a connection to this address that the node leads to this endpoint.
-fn ends_for(policy: &Compiled, (to, endpoint): (&str, &str), learned: ClassSet) -> bool {
+fn ends_for(policy: &Compiled, (to, endpoint): (&str, &str), learned: Learned) -> bool {
     let mut service = Service::clone(&web(&[GOOD]));
     service.external = vec!["198.51.100.7".parse().unwrap()];
     service.ports[0].node_port = Some(30_080);
@@ -29,7 +29,7 @@ fn ends(list: Option<&str>, rules: &[(TierAction, &str)], connection: (&str, &st
     ends_for(
         &compiled(list, rules, &settings()),
         connection,
-        ClassSet::EMPTY,
+        Learned::default(),
     )
 }
 
@@ -57,8 +57,8 @@ fn a_connection_ends_whose_endpoint_only_a_wide_rule_denies() {
         ..settings()
     };
     let policy = compiled(Some("10.1.0.3"), &[], &closed);
-    assert!(ends_for(&policy, (SERVICE, BAD), ClassSet::EMPTY));
-    assert!(!ends_for(&policy, (SERVICE, GOOD), ClassSet::EMPTY));
+    assert!(ends_for(&policy, (SERVICE, BAD), Learned::default()));
+    assert!(!ends_for(&policy, (SERVICE, GOOD), Learned::default()));
 }
 
 #[test]
@@ -73,11 +73,41 @@ fn entries_and_names_for_the_service_keep_a_connection() {
         (SERVICE, BAD)
     ));
     let policy = compiled(Some("web.shop.test:80"), &[], &settings());
-    let named = policy.record.named;
+    let named = of_name(&policy, true);
     assert!(!ends_for(&policy, (SERVICE, OUTSIDE), named));
-    assert!(ends_for(&policy, (SERVICE, OUTSIDE), ClassSet::EMPTY));
+    assert!(ends_for(&policy, (SERVICE, OUTSIDE), Learned::default()));
     // Who writes a Service chooses this address.
     assert!(ends_for(&policy, ("198.51.100.7:80", OUTSIDE), named));
+}
+
+/// What a pod has learned from a name, which may lead to internal addresses or not.
+fn of_name(policy: &Compiled, may_be_internal: bool) -> Learned {
+    let all = policy.record.named;
+    Learned {
+        all,
+        internal: if may_be_internal {
+            all
+        } else {
+            ClassSet::EMPTY
+        },
+    }
+}
+
+#[test]
+fn a_name_that_may_not_lead_inside_counts_where_internal_addresses_need_no_entry() {
+    for allow_internal in [true, false] {
+        let settings = Settings {
+            allow_internal,
+            ..settings()
+        };
+        let policy = compiled(Some("partner.test:80"), &[], &settings);
+        let ends = |may_be_internal| {
+            let learned = of_name(&policy, may_be_internal);
+            ends_for(&policy, (SERVICE, OUTSIDE), learned)
+        };
+        assert!(!ends(true));
+        assert_eq!(ends(false), !allow_internal);
+    }
 }
 
 #[test]
