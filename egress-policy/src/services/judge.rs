@@ -88,6 +88,19 @@ impl Known {
         }
     }
 
+    /// Where Services have node ports.
+    pub(super) fn nodes(&self) -> impl Iterator<Item = &Prefix> {
+        self.places
+            .with_node_ports
+            .iter()
+            .chain(&self.services.nodes)
+    }
+
+    fn nodes_of(&self, is_v4: bool) -> Vec<Prefix> {
+        let all = self.nodes().copied();
+        all.filter(|of| of.is_v4() == is_v4).collect()
+    }
+
     /// Whether there are no Services.
     pub fn are_none(&self) -> bool {
         self.services.is_empty()
@@ -297,7 +310,7 @@ impl<'a> Judge<'a> {
         for is_v4 in [true, false] {
             let endpoints = port.of_family(is_v4);
             let transport = port.route.transport;
-            let nodes = self.nodes(is_v4);
+            let nodes = self.known.nodes_of(is_v4);
             if endpoints.is_empty() || nodes.is_empty() {
                 continue;
             }
@@ -314,15 +327,6 @@ impl<'a> Judge<'a> {
     pub(super) fn is_resolver(&self, at: SocketAddr, transport: Transport) -> bool {
         let places = &self.known.places;
         places.is_resolver(&to_mapped(at.ip()), transport, at.port())
-    }
-
-    /// Where Services have node ports.
-    fn nodes(&self, is_v4: bool) -> Vec<Prefix> {
-        let Known {
-            services, places, ..
-        } = self.known;
-        let all = places.with_node_ports.iter().chain(&services.nodes);
-        all.copied().filter(|of| of.is_v4() == is_v4).collect()
     }
 
     pub(super) fn destination(&self, ip: IpAddr, at: (Transport, u16)) -> Destination {
@@ -377,7 +381,7 @@ impl<'a> Judge<'a> {
 
     /// The policy's classes for a port of the nodes.
     pub(super) fn seen_at_nodes(&self, is_v4: bool, at: (Transport, u16)) -> Seen {
-        self.seen_within(&self.nodes(is_v4), at)
+        self.seen_within(&self.known.nodes_of(is_v4), at)
     }
 
     /// The policy's classes for a port of these nodes.

@@ -11,12 +11,12 @@ use std::{
 use egress_common::{
     classes::ClassSet,
     protocol,
-    records::{RANGE_INTERNAL, RANGE_SERVICES},
+    records::RANGE_SERVICES,
     verdict::{Verdict, judge},
 };
 
 use super::{Known, Services, Transport, added::Of, judge::Judge, whole::Endpoint};
-use crate::compile::Compiled;
+use crate::{compile::Compiled, prefix::to_mapped};
 
 /// A connection of a pod whose destination a node translates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -123,15 +123,16 @@ impl<'a> Connections<'a> {
     /// Which address of a Service the connection goes to; `None` if it goes to none.
     fn kind(&self, led: &Led) -> Option<Of> {
         let kinds = self.known.places.range(led.to.ip()).kinds;
+        let address = to_mapped(led.to.ip());
         if kinds & RANGE_SERVICES != 0 || self.addresses.cluster.contains(&led.to.ip()) {
             Some(Of::ClusterIp)
         } else if self.addresses.external.contains(&(led.transport, led.to)) {
             Some(Of::External)
-        } else if kinds & RANGE_INTERNAL != 0
-            && self
-                .addresses
-                .node_ports
-                .contains(&(led.transport, led.to.port()))
+        } else if self
+            .addresses
+            .node_ports
+            .contains(&(led.transport, led.to.port()))
+            && self.known.nodes().any(|node| node.contains(&address))
         {
             Some(Of::NodePort)
         } else {

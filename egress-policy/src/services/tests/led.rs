@@ -15,7 +15,10 @@ fn ends_for(policy: &Compiled, (to, endpoint): (&str, &str), learned: Learned) -
     let mut service = Service::clone(&web(&[GOOD]));
     service.external = vec!["198.51.100.7".parse().unwrap()];
     service.ports[0].node_port = Some(30_080);
-    let known = known(&[Arc::new(service)]);
+    let nodes = vec![Prefix::parse("192.0.2.1").unwrap()];
+    let services = Services::new([Arc::new(service)], nodes);
+    let mut known = Known::default();
+    known.update(&Arc::new(services), &places());
     let led = Led {
         transport: Transport::Tcp,
         to: to.parse().unwrap(),
@@ -36,7 +39,13 @@ fn ends(list: Option<&str>, rules: &[(TierAction, &str)], connection: (&str, &st
 #[test]
 fn a_connection_to_a_denied_endpoint_ends_whatever_the_service_has_now() {
     let deny: &[(TierAction, &str)] = &[(TierAction::Deny, "10.1.0.2")];
-    for to in [SERVICE, "198.51.100.7:80", "10.9.0.1:30080"] {
+    // The last one is a node's address outside.
+    for to in [
+        SERVICE,
+        "198.51.100.7:80",
+        "10.9.0.1:30080",
+        "192.0.2.1:30080",
+    ] {
         assert!(ends(None, deny, (to, BAD)), "{to}");
         assert!(ends(Some(""), &[], (to, OUTSIDE)), "{to}");
         assert!(!ends(None, deny, (to, GOOD)), "{to}");
@@ -113,7 +122,13 @@ fn a_name_that_may_not_lead_inside_counts_where_internal_addresses_need_no_entry
 #[test]
 fn connections_to_no_service_stay() {
     let deny: &[(TierAction, &str)] = &[(TierAction::Deny, "10.1.0.2")];
-    for to in ["10.9.0.1:8080", "198.51.100.8:80", "198.51.100.7:81"] {
+    for to in [
+        "10.9.0.1:8080",
+        "192.0.2.1:80",
+        "192.0.2.2:30080",
+        "198.51.100.8:80",
+        "198.51.100.7:81",
+    ] {
         assert!(!ends(None, deny, (to, BAD)), "{to}");
     }
 }
