@@ -16,7 +16,7 @@ use egress_common::{
 };
 
 use super::{Known, Services, Transport, added::Of, judge::Judge, whole::Endpoint};
-use crate::{compile::Compiled, prefix::to_mapped};
+use crate::{Resolver, compile::Compiled, prefix::to_mapped};
 
 /// A connection of a pod whose destination a node translates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -138,6 +138,38 @@ impl<'a> Connections<'a> {
         } else {
             None
         }
+    }
+
+    /// Whether the node leads queries to a resolver elsewhere: not to one of the resolvers, and not to an endpoint of the
+    /// Service whose cluster IP the resolver has. Where the endpoints of a cluster IP are not known, it is not elsewhere.
+    pub fn leads_elsewhere(&self, led: &Led, resolvers: &[Resolver]) -> bool {
+        let are_resolvers = |at: SocketAddr| {
+            resolvers.contains(&Resolver {
+                address: at.ip(),
+                port: at.port(),
+            })
+        };
+        if led.transport == Transport::Sctp || !are_resolvers(led.to) || are_resolvers(led.endpoint)
+        {
+            return false;
+        }
+        let ip = led.to.ip();
+        let kinds = self.known.places.range(ip).kinds;
+        if kinds & RANGE_SERVICES == 0 && !self.addresses.cluster.contains(&ip) {
+            return true;
+        }
+        let services = &self.known.services;
+        let names = services.names().into_iter();
+        let endpoints: HashSet<SocketAddr> = names
+            .filter_map(|name| services.whole(name))
+            .filter(|service| service.cluster.iter().any(|cluster| cluster.ip == ip))
+            .flat_map(|service| service.ports)
+            .filter(|port| port.route.transport == led.transport)
+            .filter(|port| port.route.port == led.to.port())
+            .flat_map(|port| port.of_family(ip.is_ipv4()))
+            .map(|endpoint| endpoint.at)
+            .collect();
+        !endpoints.is_empty() && !endpoints.contains(&led.endpoint)
     }
 
     fn is_denied(&self, judged_by: &Judge<'_>, led: &Led, learned: Learned) -> bool {

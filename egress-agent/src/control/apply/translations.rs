@@ -13,14 +13,14 @@ use std::{
 };
 
 use anyhow::Result;
-use egress_common::{address::Address, ids::PolicyId};
+use egress_common::{address::Address, ids::PolicyId, records::RANGE_NODE};
 use egress_policy::{
     Compiled, Mode, Resolver,
     prefix::to_mapped,
     services::{Connections, Learned, Led, Transport},
 };
 
-use super::Applier;
+use super::{Applier, enforced::Enforced};
 use crate::{
     control::{
         observe::policies::Policies,
@@ -43,6 +43,10 @@ const LONGEST: Duration = Duration::from_secs(60);
 pub(super) struct Judged {
     /// When it is due again.
     due: Instant,
+    /// When it is due again if there are other pods in mode `enforce`.
+    due_for_others: Instant,
+    /// The pods in mode `enforce` then.
+    pods: HashSet<Subject>,
     /// Why it failed.
     problem: Option<String>,
 }
@@ -52,6 +56,8 @@ impl Judged {
     pub(super) fn never() -> Self {
         Self {
             due: Instant::now(),
+            due_for_others: Instant::now(),
+            pods: HashSet::new(),
             problem: None,
         }
     }
@@ -66,14 +72,26 @@ impl Applier {
         policies: &Policies,
     ) -> Problems {
         let began = Instant::now();
-        if began >= self.translations.due {
+        // A pod that has just begun to be enforced may have connections from before.
+        let is_due = began >= self.translations.due
+            || began >= self.translations.due_for_others
+                && self
+                    .enforcing()
+                    .any(|(subject, _)| !self.translations.pods.contains(subject));
+        if is_due {
             let unclaimed = settings.unclaimed(began);
             let done = self.end_denied(settings, policies, &unclaimed).await;
             if done.is_ok() {
                 settings.forget(&unclaimed, began);
             }
+            let pause = (began.elapsed() * PAUSE).min(LONGEST);
             self.translations = Judged {
-                due: Instant::now() + (began.elapsed() * PAUSE).clamp(EVERY, LONGEST),
+                due: Instant::now() + pause.max(EVERY),
+                due_for_others: Instant::now() + pause,
+                pods: self
+                    .enforcing()
+                    .map(|(subject, _)| subject.clone())
+                    .collect(),
                 problem: done.err().map(|error| format!("{error:#}")),
             };
         }
@@ -127,10 +145,15 @@ impl Applier {
                 .denied(compiled.without_services(), judged.into_iter())
                 .into_iter()
                 .collect();
-            let is_denied =
-                |led: &Led| of_pod.contains(led) || is_elsewhere(led, unclaimed, settings);
-            let ending = connections.iter().filter(|(_, led)| is_denied(led));
-            denied.extend(ending.map(|(connection, _)| *connection));
+            for (connection, led) in &connections {
+                let is_denied = of_pod.contains(led)
+                    || is_elsewhere(led, unclaimed, settings)
+                    || judge.leads_elsewhere(led, &settings.config.dns.resolvers)
+                        && !is_of_node(&view, enforced.policy, led.endpoint.ip())?;
+                if is_denied {
+                    denied.insert(*connection);
+                }
+            }
         }
         if denied.is_empty() {
             return Ok(());
@@ -143,11 +166,15 @@ impl Applier {
         Ok(())
     }
 
+    /// The pods in mode `enforce`.
+    fn enforcing(&self) -> impl Iterator<Item = (&Subject, &Enforced)> {
+        let enforced = self.enforced.iter();
+        enforced.filter(|(_, enforced)| enforced.wanted.compiled.mode == Mode::Enforce)
+    }
+
     /// The pods in mode `enforce`, by their addresses.
     fn pods_by_address(&self) -> HashMap<Address, Subject> {
-        let enforcing = self.enforced.iter();
-        enforcing
-            .filter(|(_, enforced)| enforced.wanted.compiled.mode == Mode::Enforce)
+        self.enforcing()
             .flat_map(|(subject, enforced)| {
                 let own = enforced.wanted.own().iter();
                 own.map(move |address| (*address, subject.clone()))
@@ -176,6 +203,17 @@ fn learned(view: &View, policy: PolicyId, address: IpAddr) -> Result<Learned> {
         all: destination.learned,
         internal: destination.learned_internal,
     })
+}
+
+/// Whether the node itself receives packets to this address. What answers there is trusted, such as a DNS cache of the
+/// node.
+fn is_of_node(view: &View, policy: PolicyId, address: IpAddr) -> Result<bool> {
+    let Some(record) = view.policy(policy)? else {
+        return Ok(false);
+    };
+    let (destination, _) =
+        view.destination((policy, &record), &to_mapped(address), boottime_ns())?;
+    Ok(destination.ranges & RANGE_NODE != 0)
 }
 
 /// The same classes in the policy without its rules for Services.

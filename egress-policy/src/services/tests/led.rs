@@ -164,3 +164,48 @@ fn names_keep_a_connection_also_beside_rules_for_other_services() {
         assert_eq!(all.iter().count(), number.count());
     }
 }
+
+#[test]
+fn queries_to_a_resolver_are_led_to_resolvers_and_to_endpoints_of_its_own_service() {
+    let dns = service("dns", "10.96.0.10", &[port(53, &["10.1.0.3:53"])]);
+    let unready = service("unready", "10.96.0.11", &[port(53, &[])]);
+    let known = known(&[dns, unready]);
+    let resolvers = [
+        "10.96.0.10",
+        "10.96.0.11",
+        "10.96.0.12",
+        "192.0.2.53",
+        "10.1.0.4",
+    ];
+    let resolvers = resolvers.map(|text| text.parse().unwrap());
+    let connections = Connections::new(&known);
+    let is_elsewhere = |transport, to: &str, endpoint: &str| {
+        let led = Led {
+            transport,
+            to: to.parse().unwrap(),
+            endpoint: endpoint.parse().unwrap(),
+        };
+        connections.leads_elsewhere(&led, &resolvers)
+    };
+    for to in ["10.96.0.10:53", "192.0.2.53:53"] {
+        assert!(is_elsewhere(Transport::Tcp, to, "10.1.9.9:53"), "{to}");
+        assert!(!is_elsewhere(Transport::Tcp, to, "10.1.0.4:53"), "{to}");
+        assert!(!is_elsewhere(Transport::Sctp, to, "10.1.9.9:53"), "{to}");
+    }
+    assert!(is_elsewhere(Transport::Udp, "192.0.2.53:53", "10.1.9.9:53"));
+    assert!(!is_elsewhere(
+        Transport::Tcp,
+        "10.96.0.10:53",
+        "10.1.0.3:53"
+    ));
+    assert!(is_elsewhere(Transport::Tcp, "192.0.2.53:53", "10.1.0.3:53"));
+    // Another port, another address, and Services whose endpoints are not known.
+    for to in [
+        "10.96.0.10:80",
+        "192.0.2.54:53",
+        "10.96.0.11:53",
+        "10.96.0.12:53",
+    ] {
+        assert!(!is_elsewhere(Transport::Tcp, to, "10.1.9.9:53"), "{to}");
+    }
+}
