@@ -4,7 +4,7 @@
 //! is judged by the endpoint that it really has.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     net::{IpAddr, SocketAddr},
 };
 
@@ -21,6 +21,8 @@ use crate::{Resolver, compile::Compiled, prefix::to_mapped};
 /// A connection of a pod whose destination a node translates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Led {
+    /// The pod's address.
+    pub from: IpAddr,
     /// The protocol.
     pub transport: Transport,
     /// The address and port to which the pod sends.
@@ -87,19 +89,52 @@ impl ServiceAddresses {
     }
 }
 
+/// Connections through addresses of Services, and which kinds of addresses these were. A Service may lose an address
+/// while connections through it last.
+#[derive(Debug, Default)]
+pub struct Through(HashMap<Led, Of>);
+
+impl Through {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Forgets a connection that is ended. Another may look like it, and go through no Service's address.
+    pub fn forget(&mut self, led: &Led) {
+        self.0.remove(led);
+    }
+}
+
 /// Judges connections that a node translates.
 pub struct Connections<'a> {
     known: &'a Known,
     addresses: ServiceAddresses,
+    through: Through,
 }
 
 impl<'a> Connections<'a> {
     /// Of a cluster with these Services.
-    pub fn new(known: &'a Known) -> Self {
-        Self {
+    /// `present` are all connections that are to be judged or remembered, and `before` those through Services of the
+    /// last time.
+    pub fn new(known: &'a Known, before: &Through, present: impl Iterator<Item = Led>) -> Self {
+        let mut connections = Self {
             addresses: ServiceAddresses::of(&known.services),
             known,
-        }
+            through: Through::default(),
+        };
+        let kinds = present.filter_map(|led| {
+            let kind = connections.kind(&led);
+            Some((led, kind.or_else(|| before.0.get(&led).copied())?))
+        });
+        let through = kinds.collect();
+        connections.through = Through(through);
+        connections
+    }
+
+    /// The connections through Services.
+    pub fn into_through(self) -> Through {
+        self.through
     }
 
     /// The connections out of these that lead to an endpoint which the policy denies, and not because of an entry for the
@@ -107,7 +142,8 @@ impl<'a> Connections<'a> {
     /// names that the pod has resolved to the address to which it sends. They count as for the programs, but do not
     /// expire.
     ///
-    /// Connections to no Service stay: the agent judges the address to which the pod sends.
+    /// Connections through an address that was never a Service's while they lasted stay: the agent judges the address to
+    /// which the pod sends.
     pub fn denied(
         &self,
         policy: &Compiled,
@@ -174,11 +210,12 @@ impl<'a> Connections<'a> {
 
     fn is_denied(&self, judged_by: &Judge<'_>, led: &Led, learned: Learned) -> bool {
         let Led {
+            from: _,
             transport,
             to,
             endpoint,
         } = *led;
-        let Some(of) = self.kind(led) else {
+        let Some(&of) = self.through.0.get(led) else {
             return false;
         };
         let at = (transport, to.port());

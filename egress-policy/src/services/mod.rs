@@ -59,7 +59,7 @@ use super::prefix::{Prefix, to_mapped};
 pub use added::About;
 use candidates::Index;
 pub use judge::Known;
-pub use led::{Connections, Learned, Led};
+pub use led::{Connections, Learned, Led, Through};
 use lost::Lost;
 pub use lost::{Losses, Overflown};
 pub use needed::needed;

@@ -17,7 +17,7 @@ use egress_common::{address::Address, ids::PolicyId, records::RANGE_NODE};
 use egress_policy::{
     Compiled, Mode, Resolver,
     prefix::to_mapped,
-    services::{Connections, Learned, Led, Transport},
+    services::{Connections, Learned, Led, Through, Transport},
 };
 
 use super::{Applier, enforced::Enforced};
@@ -47,6 +47,8 @@ pub(super) struct Judged {
     due_for_others: Instant,
     /// The pods in mode `enforce` then.
     pods: HashSet<Subject>,
+    /// The connections of pods in any mode that went through addresses of Services.
+    through: Through,
     /// Why it failed.
     problem: Option<String>,
 }
@@ -58,8 +60,15 @@ impl Judged {
             due: Instant::now(),
             due_for_others: Instant::now(),
             pods: HashSet::new(),
+            through: Through::default(),
             problem: None,
         }
+    }
+}
+
+impl Enforced {
+    fn is_enforcing(&self) -> bool {
+        self.wanted.compiled.mode == Mode::Enforce
     }
 }
 
@@ -80,7 +89,9 @@ impl Applier {
                     .any(|(subject, _)| !self.translations.pods.contains(subject));
         if is_due {
             let unclaimed = settings.unclaimed(began);
-            let done = self.end_denied(settings, policies, &unclaimed).await;
+            let mut through = std::mem::take(&mut self.translations.through);
+            let ending = self.end_denied(settings, policies, &unclaimed, &mut through);
+            let done = ending.await;
             if done.is_ok() {
                 settings.forget(&unclaimed, began);
             }
@@ -92,6 +103,7 @@ impl Applier {
                     .enforcing()
                     .map(|(subject, _)| subject.clone())
                     .collect(),
+                through,
                 problem: done.err().map(|error| format!("{error:#}")),
             };
         }
@@ -109,8 +121,9 @@ impl Applier {
         settings: &Settings,
         policies: &Policies,
         unclaimed: &[Resolver],
+        through: &mut Through,
     ) -> Result<()> {
-        if policies.services().are_none() && unclaimed.is_empty() {
+        if policies.services().are_none() && unclaimed.is_empty() && through.is_empty() {
             return Ok(());
         }
         let pods = self.pods_by_address();
@@ -128,11 +141,15 @@ impl Applier {
                 of_pods.entry(subject).or_default().push((connection, led));
             }
         }
-        let judge = Connections::new(policies.services());
+        let present = of_pods.values().flatten().map(|(_, led)| *led);
+        let judge = Connections::new(policies.services(), through, present);
         let view = self.datapath.view()?;
         let mut denied: BTreeSet<Translated> = BTreeSet::new();
+        let mut ended: Vec<Led> = Vec::new();
         for (subject, connections) in of_pods {
-            let Some(enforced) = self.enforced.get(subject) else {
+            let enforced = self.enforced.get(subject);
+            let enforcing = enforced.filter(|enforced| enforced.is_enforcing());
+            let Some(enforced) = enforcing else {
                 continue;
             };
             let compiled = &enforced.wanted.compiled;
@@ -152,13 +169,18 @@ impl Applier {
                         && !is_of_node(&view, enforced.policy, led.endpoint.ip())?;
                 if is_denied {
                     denied.insert(*connection);
+                    ended.push(*led);
                 }
             }
         }
+        *through = judge.into_through();
         if denied.is_empty() {
             return Ok(());
         }
         let forgotten = in_background(move || forget_translated(&denied)).await?;
+        for led in &ended {
+            through.forget(led);
+        }
         tracing::warn!(
             connections = forgotten,
             "ended connections that the node led to endpoints which the pods' policies deny"
@@ -169,12 +191,13 @@ impl Applier {
     /// The pods in mode `enforce`.
     fn enforcing(&self) -> impl Iterator<Item = (&Subject, &Enforced)> {
         let enforced = self.enforced.iter();
-        enforced.filter(|(_, enforced)| enforced.wanted.compiled.mode == Mode::Enforce)
+        enforced.filter(|(_, enforced)| enforced.is_enforcing())
     }
 
-    /// The pods in mode `enforce`, by their addresses.
+    /// The pods by their addresses, in any mode: one may be enforced later.
     fn pods_by_address(&self) -> HashMap<Address, Subject> {
-        self.enforcing()
+        self.enforced
+            .iter()
             .flat_map(|(subject, enforced)| {
                 let own = enforced.wanted.own().iter();
                 own.map(move |address| (*address, subject.clone()))
@@ -186,6 +209,7 @@ impl Applier {
 fn led(connection: &Translated) -> Option<Led> {
     let canonical = |at: SocketAddr| SocketAddr::new(at.ip().to_canonical(), at.port());
     Some(Led {
+        from: connection.from.to_canonical(),
         transport: Transport::of_protocol(connection.protocol)?,
         to: canonical(connection.to),
         endpoint: canonical(connection.endpoint),

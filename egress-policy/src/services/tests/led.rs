@@ -5,6 +5,7 @@ use egress_dns::Name;
 
 use super::*;
 
+const POD: &str = "10.1.0.5";
 const SERVICE: &str = "10.96.0.7:80";
 const GOOD: &str = "10.1.0.3:80";
 const BAD: &str = "10.1.0.2:80";
@@ -20,11 +21,13 @@ fn ends_for(policy: &Compiled, (to, endpoint): (&str, &str), learned: Learned) -
     let mut known = Known::default();
     known.update(&Arc::new(services), &places());
     let led = Led {
+        from: POD.parse().unwrap(),
         transport: Transport::Tcp,
         to: to.parse().unwrap(),
         endpoint: endpoint.parse().unwrap(),
     };
-    let denied = Connections::new(&known).denied(policy, [(led, learned)].into_iter());
+    let connections = Connections::new(&known, &Through::default(), [led].into_iter());
+    let denied = connections.denied(policy, [(led, learned)].into_iter());
     !denied.is_empty()
 }
 
@@ -178,9 +181,10 @@ fn queries_to_a_resolver_are_led_to_resolvers_and_to_endpoints_of_its_own_servic
         "10.1.0.4",
     ];
     let resolvers = resolvers.map(|text| text.parse().unwrap());
-    let connections = Connections::new(&known);
+    let connections = Connections::new(&known, &Through::default(), [].into_iter());
     let is_elsewhere = |transport, to: &str, endpoint: &str| {
         let led = Led {
+            from: POD.parse().unwrap(),
             transport,
             to: to.parse().unwrap(),
             endpoint: endpoint.parse().unwrap(),
@@ -208,4 +212,41 @@ fn queries_to_a_resolver_are_led_to_resolvers_and_to_endpoints_of_its_own_servic
     ] {
         assert!(!is_elsewhere(Transport::Tcp, to, "10.1.9.9:53"), "{to}");
     }
+}
+
+#[test]
+fn a_connection_through_an_address_that_a_service_has_lost_is_judged_until_it_ends() {
+    let mut service = Service::clone(&web(&[BAD]));
+    service.external = vec!["198.51.100.7".parse().unwrap()];
+    let of_service = Led {
+        from: POD.parse().unwrap(),
+        transport: Transport::Tcp,
+        to: "198.51.100.7:80".parse().unwrap(),
+        endpoint: BAD.parse().unwrap(),
+    };
+    let of_none = Led {
+        to: "198.51.100.8:80".parse().unwrap(),
+        ..of_service
+    };
+    let present = [of_service, of_none];
+    let with_service = known(&[Arc::new(service)]);
+    let mut through = Connections::new(&with_service, &Through::default(), present.into_iter());
+    let none = known(&[]);
+    let policy = compiled(None, &[(TierAction::Deny, "10.1.0.2")], &settings());
+    let denied = |connections: &Connections<'_>| {
+        let judged = present.map(|led| (led, Learned::default()));
+        connections.denied(&policy, judged.into_iter())
+    };
+    for _ in 0..2 {
+        let before = through.into_through();
+        through = Connections::new(&none, &before, present.into_iter());
+        assert_eq!(denied(&through), [of_service]);
+    }
+    let mut before = through.into_through();
+    before.forget(&of_service);
+    assert!(before.is_empty());
+    assert_eq!(
+        denied(&Connections::new(&none, &before, present.into_iter())),
+        []
+    );
 }

@@ -224,12 +224,14 @@ fn connections_through_a_deleted_service_with_many_endpoints_end() {
         let mut known = Known::default();
         known.update(scene.losses.services(), &scene.places);
         let led = WIDE.map(|to| Led {
+            from: "10.1.0.5".parse().unwrap(),
             transport: Transport::Tcp,
             to: to.parse().unwrap(),
             endpoint: bad.parse().unwrap(),
         });
-        let judged = led.map(|led| (led, egress_common::classes::ClassSet::EMPTY));
-        let denied = Connections::new(&known).denied(&scene.policy, judged.into_iter());
+        let connections = Connections::new(&known, &Through::default(), led.into_iter());
+        let judged = led.map(|led| (led, Learned::default()));
+        let denied = connections.denied(&scene.policy, judged.into_iter());
         assert_eq!(denied, led, "{endpoints}");
     }
 }
