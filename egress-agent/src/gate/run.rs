@@ -227,13 +227,15 @@ impl Runner {
         let mut decided = 0;
         let mut most_frames = BATCH;
         while decided < BATCH && self.shared.frame_sender.frames() < most_frames {
-            // Sending frames takes longer than queueing them, so those of one pod are sent together. They do not wait for
-            // the turns of other pods.
-            most_frames = if self.turns.has_others() { 1 } else { BATCH };
+            let others_wait = self.turns.has_others();
             let Some(pod) = self.turns.next(&mut self.pods) else {
                 break;
             };
             let is_last = pod.take_turn(&self.interfaces, &mut self.shared, &mut self.waiting);
+            // Sending frames takes longer than queueing them, so those of one pod's messages are sent together. They wait
+            // for nothing else: no turn of another pod, and no eviction.
+            let more_follow = pod.has_waiting() && !others_wait;
+            most_frames = if more_follow { BATCH } else { 1 };
             pod.spend(&mut self.turns);
             self.turns.end(is_last);
             decided += 1;

@@ -72,6 +72,11 @@ impl Pod {
         false
     }
 
+    /// Whether messages wait in the backlog.
+    pub(in super::super) fn has_waiting(&self) -> bool {
+        !self.backlog.is_empty()
+    }
+
     /// Whether the pod needs turns. A pod whose policy is changing needs none: its messages wait.
     pub(in super::super) fn needs_turns(&self) -> bool {
         let has_work = !self.backlog.is_empty()
