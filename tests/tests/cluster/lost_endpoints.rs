@@ -8,7 +8,7 @@ use std::{
 };
 
 use egress_tests::{
-    Cluster, Lab, Pod, SHORT,
+    Cluster, DnsServer, Lab, Pod, SHORT,
     addresses::{PODS, PODS6, RESOLVER, RESOLVER6, server as outside},
     cluster::allow,
     dns::{Answer, RecordType, question},
@@ -163,18 +163,7 @@ fn a_resolver_is_trusted_again_only_when_the_node_translates_nothing_there() {
     // No other test's: all see the Services of all.
     let claimed = outside(87);
     let at = SocketAddr::from((claimed, 53));
-    let evil_at = SocketAddr::from((outside(9), 53));
-    let internal = json!([PODS, PODS6, format!("{claimed}/32")]);
-    let lab = Lab::builder()
-        .config("ranges", json!({ "internal": internal }))
-        .config("dns.resolvers", json!([RESOLVER, RESOLVER6, claimed]));
-    let cluster = Cluster::on(conformance::server(), lab);
-    let dns = cluster.lab.serve_dns_at(&[at]);
-    let evil = cluster.lab.serve_dns_at(&[evil_at]);
-    for name in ["a.shop.test", "b.shop.test", "c.shop.test"] {
-        dns.addresses(name, &[outside(10)]);
-        evil.addresses(name, &[outside(11)]);
-    }
+    let (cluster, _dns, evil) = with_two_resolvers(claimed);
     let shop = cluster.namespace("shop", &Value::Null);
     let cart = cluster.run(&shop, "cart", &allow("*.shop.test:443"));
     remember_udp(&cluster);
@@ -210,21 +199,27 @@ fn a_resolver_is_trusted_again_only_when_the_node_translates_nothing_there() {
     assert_eq!(evil.queries_for("c.shop.test"), 0);
 }
 
+/// A cluster with one more resolver, and a server that is none and gives other addresses.
+pub(super) fn with_two_resolvers(second: IpAddr) -> (Cluster, DnsServer, DnsServer) {
+    let internal = json!([PODS, PODS6, format!("{second}/32")]);
+    let lab = Lab::builder()
+        .config("ranges", json!({ "internal": internal }))
+        .config("dns.resolvers", json!([RESOLVER, RESOLVER6, second]));
+    let cluster = Cluster::on(conformance::server(), lab);
+    let dns = cluster.lab.serve_dns_at(&[(second, 53).into()]);
+    let evil = cluster.lab.serve_dns_at(&[(outside(9), 53).into()]);
+    for name in ["a.shop.test", "b.shop.test", "c.shop.test"] {
+        dns.addresses(name, &[outside(10)]);
+        evil.addresses(name, &[outside(11)]);
+    }
+    (cluster, dns, evil)
+}
+
 #[test]
 fn a_resolver_that_a_service_has_claimed_for_a_moment_is_not_trusted() {
     let claimed = outside(88);
     let at = SocketAddr::from((claimed, 53));
-    let internal = json!([PODS, PODS6, format!("{claimed}/32")]);
-    let lab = Lab::builder()
-        .config("ranges", json!({ "internal": internal }))
-        .config("dns.resolvers", json!([RESOLVER, RESOLVER6, claimed]));
-    let cluster = Cluster::on(conformance::server(), lab);
-    let dns = cluster.lab.serve_dns_at(&[at]);
-    let evil = cluster.lab.serve_dns_at(&[(outside(9), 53).into()]);
-    for name in ["a.shop.test", "b.shop.test"] {
-        dns.addresses(name, &[outside(10)]);
-        evil.addresses(name, &[outside(11)]);
-    }
+    let (cluster, _dns, evil) = with_two_resolvers(claimed);
     let shop = cluster.namespace("shop", &Value::Null);
     let cart = cluster.run(&shop, "cart", &allow("*.shop.test:443"));
     remember_udp(&cluster);

@@ -8,7 +8,7 @@ use std::{
 
 use egress_tests::{
     Cluster, Lab, SHORT,
-    addresses::{PODS, PODS6, RESOLVER, RESOLVER6, server as outside},
+    addresses::{PODS, PODS6, server as outside},
     cluster::allow,
     eventually, exchange, holds,
 };
@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::{
     conformance,
-    lost_endpoints::{LONG, ask, decides, remember_udp, translate_only},
+    lost_endpoints::{LONG, ask, decides, remember_udp, translate_only, with_two_resolvers},
     policies::put,
     services::{
         NODE, cluster, create, endpoints, is_denied, policy, rule, serve, service, translate,
@@ -196,17 +196,7 @@ fn connections_to_a_denied_endpoint_end_at_every_address_of_the_node() {
 fn a_pod_that_begins_to_be_enforced_gets_answers_of_the_resolver_only() {
     let resolver = outside(85);
     let at = SocketAddr::from((resolver, 53));
-    let internal = json!([PODS, PODS6, format!("{resolver}/32")]);
-    let lab = Lab::builder()
-        .config("ranges", json!({ "internal": internal }))
-        .config("dns.resolvers", json!([RESOLVER, RESOLVER6, resolver]));
-    let cluster = Cluster::on(conformance::server(), lab);
-    let dns = cluster.lab.serve_dns_at(&[at]);
-    let evil = cluster.lab.serve_dns_at(&[(outside(9), 53).into()]);
-    for name in ["a.shop.test", "b.shop.test"] {
-        dns.addresses(name, &[outside(10)]);
-        evil.addresses(name, &[outside(11)]);
-    }
+    let (cluster, _dns, _evil) = with_two_resolvers(resolver);
     let shop = cluster.namespace("shop", &Value::Null);
     let mut lists = allow("*.shop.test:443");
     lists["egress-agent.dev/mode"] = "audit".into();
