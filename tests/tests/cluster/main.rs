@@ -2,6 +2,7 @@
 
 mod addresses;
 mod conformance;
+mod edited_services;
 mod lost_endpoints;
 mod manifests;
 mod peers;
