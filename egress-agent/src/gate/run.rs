@@ -220,8 +220,8 @@ impl Runner {
         })
     }
 
-    /// Decides messages of the backlogs for a short while, until a new message comes. Returns how many it has decided with
-    /// that one.
+    /// Decides messages of the backlogs for a short while, and takes a new message after each. Ends when frames of another
+    /// pod wait to be sent. Returns how many messages it has taken or decided.
     fn work_on_backlogs(&mut self) -> usize {
         let began_ns = self.turns.now_ns();
         let mut decided = 0;
@@ -239,9 +239,13 @@ impl Runner {
             pod.spend(&mut self.turns);
             self.turns.end(is_last);
             decided += 1;
+            let frames = self.shared.frame_sender.frames();
             if self.take_next() {
                 decided += 1;
-                break;
+                // A pod within its share waits for no other pod.
+                if self.shared.frame_sender.frames() > frames {
+                    break;
+                }
             }
             if self.turns.now_ns().saturating_sub(began_ns) > BACKLOGS_NS {
                 break;
