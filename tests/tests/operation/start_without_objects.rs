@@ -359,10 +359,13 @@ fn new_pods_are_closed_while_a_kind_is_refused_and_others_are_not() {
     scene.start_again();
     let late = scene.cluster.run(&scene.shop, "late", &annotations(to));
     let _web = scene.cluster.lab.serve_tcp(443);
+    // A new interface is open until the agent has attached its programs.
+    for pod in [&early, &late] {
+        scene.agent.wait_enforcing(pod.net());
+    }
     let _sending = [send(early.net(), to), send(late.net(), to)];
     for pod in [&early, &late] {
         let net = pod.net();
-        scene.agent.wait_enforcing(net);
         scene.agent.wait_denial("that the pod is closed", |denial| {
             denial.is(net, "pod_unknown", IpAddr::V4(to), ALLOWED)
         });
