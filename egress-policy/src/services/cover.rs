@@ -32,7 +32,7 @@ pub(super) fn cover(prefixes: &BTreeSet<Prefix>, most: usize, others: &[Address]
 struct Tree<'a> {
     /// Those that were joined to the one before are missing.
     nodes: Vec<Option<Node>>,
-    /// Pairs that can be joined, by what that costs. An entry is out of date if one of its prefixes has changed.
+    /// Pairs of neighbouring prefixes, the cheapest to join first. A pair is ignored if one of its prefixes has changed.
     pairs: BinaryHeap<Reverse<Pair>>,
     others: &'a [Address],
 }

@@ -175,7 +175,7 @@ impl Memory {
         }
     }
 
-    /// Keeps what is lost still.
+    /// Removes addresses and endpoints that the Service has again.
     fn without(&mut self, present: &Present<'_>) {
         self.cluster
             .retain(|ip, _| !present.has(&Part::Cluster(*ip)));

@@ -142,7 +142,7 @@ pub struct Service {
 /// What a Service had for a moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Passed {
-    /// The Service with what is known of that.
+    /// The Service, with the addresses, ports and endpoints that it had.
     pub service: Arc<Service>,
     /// Whether it had more ports or endpoints than these.
     pub had_more: bool,

@@ -175,7 +175,10 @@ impl Scene {
             let seen = self.line.0.iter();
             let passed: usize = seen.map(|(_, _, _, _, bytes)| bytes.len()).sum();
             let decided = self.rules.passing - before;
-            assert_eq!(passed, decided, "exactly what is decided passes at once");
+            assert_eq!(
+                passed, decided,
+                "bytes of decided messages, and no others, pass"
+            );
         }
     }
 

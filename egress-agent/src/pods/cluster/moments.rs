@@ -217,7 +217,7 @@ impl Moments {
         }
     }
 
-    /// Forgets what is older than [`REMEMBERED`] at this time.
+    /// Forgets addresses and parts that were noted more than [`REMEMBERED`] before `now`.
     pub(super) fn forget(&mut self, now: Instant) {
         self.sizes.clear();
         let sizes = &mut self.sizes;

@@ -1,4 +1,4 @@
-//! The bounds of what is remembered.
+//! The memory of what Services had is bounded for each Service and namespace.
 
 use std::net::Ipv4Addr;
 
