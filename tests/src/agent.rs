@@ -25,8 +25,8 @@ use crate::{Namespace, Pod, workspace};
 /// minute on a crowded machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// The log line once the agent watches the manifests.
-const LOG_READY: &str = "ready";
+/// The log line once the agent has the pods and serves status. Earlier lines have the word too (`/readyz`).
+const LOG_READY: &str = "INFO ready ";
 /// The log line, with `pod=<namespace>/<name>`, once a pod's packets are judged, in any mode.
 const LOG_ENFORCING: &str = "enforcing";
 /// The log line, with `pod=<namespace>/<name>`, once a changed policy is applied.

@@ -45,7 +45,7 @@ fn recreate(scene: &Shop, name: &str, uid: &str, allow: &str) {
 /// Asserts that only `later.test` is allowed, and that no earlier address is.
 #[track_caller]
 fn assert_starts_afresh(scene: &Shop, agent: &Agent) {
-    agent.wait_log("that it is ready", |line| line.contains("ready"));
+    agent.wait_ready();
     assert!(!scene.pod.reaches(server(99)), "the pod is open");
     assert!(
         !scene.pod.reaches(server(10)),
