@@ -57,7 +57,7 @@ impl Default for Builder {
             tracking: false,
             config: json!({
                 "node": "n1",
-                "dns": { "resolvers": [RESOLVER, RESOLVER6], "learn": learn() },
+                "dns": dns_settings(),
             }),
         }
     }
@@ -514,11 +514,16 @@ impl Lab {
 /// The value of `--attach` for agents whose test does not set it.
 const ATTACH: &str = "EGRESS_TEST_ATTACH";
 
-/// The variable with the value of `dns.learn` for tests that do not choose it themselves.
+/// The variable with the value of `dns.learn` for tests that do not choose it themselves. Without it they have the
+/// default.
 const LEARN: &str = "EGRESS_TEST_LEARN";
 
-fn learn() -> String {
-    std::env::var(LEARN).unwrap_or_else(|_| "agent".to_owned())
+fn dns_settings() -> Value {
+    let mut settings = json!({ "resolvers": [RESOLVER, RESOLVER6] });
+    if let Ok(learn) = std::env::var(LEARN) {
+        settings["learn"] = json!(learn);
+    }
+    settings
 }
 
 /// The arguments that `$EGRESS_TEST_ATTACH` adds to these arguments of `egress-agent run`.

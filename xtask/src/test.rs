@@ -32,8 +32,8 @@ const UNDER_CLSACT: [(&str, &[&str]); 5] = [
 /// (`tests/src/lab.rs`).
 const ATTACH: (&str, &str) = ("EGRESS_TEST_ATTACH", "clsact");
 
-/// The system tests that run a second time with `dns.learn: kernel`, in the form of [`UNDER_CLSACT`].
-const LEARNING_IN_KERNEL: [(&str, &[&str]); 2] = [
+/// The system tests that run a second time with `dns.learn: agent`, in the form of [`UNDER_CLSACT`].
+const READ_BY_AGENT: [(&str, &[&str]); 2] = [
     (
         "dns",
         &[
@@ -52,15 +52,14 @@ const LEARNING_IN_KERNEL: [(&str, &[&str]); 2] = [
     ("operation", &["restart_keeps_names::"]),
 ];
 
-/// Makes the laboratory start every agent with `dns.learn: kernel`, except in tests that choose themselves.
-const LEARN: (&str, &str) = ("EGRESS_TEST_LEARN", "kernel");
+/// Makes the laboratory start every agent with `dns.learn: agent`, except in tests that choose themselves.
+const LEARN: (&str, &str) = ("EGRESS_TEST_LEARN", "agent");
 
 /// Sets up, builds, lints, and runs every test; with a flag, only the tests that it names.
 ///
 /// The system tests that depend on how programs are attached are run with tcx and with clsact, and those of DNS
-/// also with `dns.learn: kernel`. The
-/// kernel and system tests load programs into the kernel and create network namespaces: they
-/// run as root, through sudo if necessary.
+/// also with `dns.learn: agent`. The kernel and system tests load programs into the kernel and create network
+/// namespaces: they run as root, through sudo if necessary.
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// Runs only the unit tests, and the fuzz targets for a short time; they need no root
@@ -124,7 +123,7 @@ fn system_tests(filter: Option<&str>) -> Result<()> {
     }
     let again = [
         ("under clsact", ATTACH, &UNDER_CLSACT[..]),
-        ("learning in the kernel", LEARN, &LEARNING_IN_KERNEL[..]),
+        ("with `dns.learn: agent`", LEARN, &READ_BY_AGENT[..]),
     ];
     for (how, (name, value), selected) in again {
         for (folder, modules) in selected {
@@ -162,7 +161,7 @@ mod tests {
 
     #[test]
     fn each_module_that_runs_a_second_time_exists() {
-        for (folder, modules) in UNDER_CLSACT.iter().chain(&LEARNING_IN_KERNEL) {
+        for (folder, modules) in UNDER_CLSACT.iter().chain(&READ_BY_AGENT) {
             for module in *modules {
                 let file = module.replace("::", ".rs");
                 let path = workspace::root()

@@ -142,7 +142,7 @@ impl Default for Section {
             guard: true,
             autopath: Autopath::Auto,
             refusal: Refusal::NxDomain,
-            learn: Learn::Agent,
+            learn: Learn::Kernel,
         }
     }
 }

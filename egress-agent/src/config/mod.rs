@@ -26,10 +26,10 @@
 //!   internalAnswers: []         # names that may lead to internal addresses, or all
 //!   guard: true                 # refuse queries for names that no entry could allow
 //!   autopath: auto              # auto | on | off: whether resolvers walk search lists
-//!   learn: agent                # agent | kernel: who reads responses to names that are decided
+//!   learn: kernel               # kernel | agent: who reads responses to names that are decided
 //!   refusal: nxdomain           # nxdomain | refused
 //! whenAgentDown:                # DNS while no agent runs
-//!   resolveFor: 24h             # names that are decided resolve for this long; with dns.learn: kernel
+//!   resolveFor: 24h             # names that are decided resolve for this long
 //!   undecided: hold             # hold | deliver: all other DNS
 //! limits:
 //!   addressesPerPod: 4096

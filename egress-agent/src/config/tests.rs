@@ -150,7 +150,7 @@ fn the_documented_example_says_every_key_and_parses() {
                 internal_answers: Arc::new(InternalAnswers::Names(Vec::new())),
                 guard: true,
                 autopath: Autopath::Auto,
-                learn: Learn::Agent,
+                learn: Learn::Kernel,
                 refusal: Refusal::NxDomain,
             },
             when_agent_down: WhenAgentDown {

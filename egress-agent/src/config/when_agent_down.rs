@@ -13,7 +13,7 @@ use super::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct WhenAgentDown {
-    /// How long names resolve that the agent has decided (`dns.learn: kernel`).
+    /// How long names resolve that the agent has decided (not with `dns.learn: agent`).
     #[serde(deserialize_with = "duration")]
     pub resolve_for: Duration,
     /// How all other DNS messages are treated.

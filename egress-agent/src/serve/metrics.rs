@@ -241,7 +241,7 @@ impl Scrape {
         )?;
         page.counters(
             "egress_agent_dns_passed",
-            "DNS messages over UDP that the kernel passed without the agent (`dns.learn: kernel`)",
+            "DNS messages over UDP that the kernel passed without the agent",
             [
                 (direction("question"), passed_questions),
                 (direction("answer"), passed_answers),

@@ -1,6 +1,6 @@
 //! The steps, in the order in which they are told.
 
-use std::process::Command;
+use std::{path::PathBuf, process::Command};
 
 use egress_tests::{Agent, addresses::RESOLVER};
 
@@ -168,27 +168,35 @@ fn denial_lines(_: &Scene, agent: &Agent) -> Step {
 
 fn allow_map(scene: &Scene, _: &Agent) -> Step {
     title("The kernel's side, with nothing but bpftool");
-    let pin = scene.lab.allow_pin(&scene.cart);
-    typed(
-        "node",
-        &format!("bpftool map dump pinned {}", pin.display()),
-    );
-    let dump = Command::new("bpftool")
-        .args(["map", "dump", "pinned"])
-        .arg(&pin)
-        .output()
-        .map_err(|e| format!("cannot run bpftool: {e}"))?;
-    output(&String::from_utf8_lossy(&dump.stdout));
-    check(
-        dump.status.success(),
-        "the map of what cart may reach is pinned under its name",
-    )?;
+    for pin in pins_of_addresses(scene) {
+        typed(
+            "node",
+            &format!("bpftool map dump pinned {}", pin.display()),
+        );
+        let dump = Command::new("bpftool")
+            .args(["map", "dump", "pinned"])
+            .arg(&pin)
+            .output()
+            .map_err(|e| format!("cannot run bpftool: {e}"))?;
+        output(&String::from_utf8_lossy(&dump.stdout));
+        check(
+            dump.status.success(),
+            "a map of what cart may reach is pinned under its name",
+        )?;
+    }
     let allowed = scene.lab.allowed(&scene.cart);
     let only_payments = allowed.len() == 1 && allowed.contains_key(&payments());
     check(
         only_payments,
-        &format!("{} is in it, and nothing else", payments()),
+        &format!("{} is in one of them, and nothing else", payments()),
     )
+}
+
+/// The pins of the addresses that the agent, and those that the programs have learned for cart.
+fn pins_of_addresses(scene: &Scene) -> [PathBuf; 2] {
+    let allow = scene.lab.allow_pin(&scene.cart);
+    let learned = allow.with_file_name("learned");
+    [allow, learned]
 }
 
 fn edited_live(scene: &Scene, agent: &Agent) -> Step {
@@ -246,10 +254,9 @@ pub(crate) fn how_to_play(scene: &Scene) {
         "$EDITOR {}/*.yaml    # edit a manifest",
         scene.lab.pods_dir().display()
     ));
-    say(&format!(
-        "bpftool map dump pinned {}",
-        scene.lab.allow_pin(&scene.cart).display()
-    ));
+    for pin in pins_of_addresses(scene) {
+        say(&format!("bpftool map dump pinned {}", pin.display()));
+    }
     say("Denials appear here. Ctrl-C ends it and removes everything.");
     say("If this terminal is killed, `cargo xtask demo --remove` removes what is left.");
 }

@@ -206,22 +206,21 @@ fn pods_come_and_go_while_the_agent_runs() {
 
 #[test]
 fn bpftool_shows_named_fields() {
-    let scene = scene(&[]);
-    let pin = scene
-        .lab
-        .bpffs()
-        .join("egress-agent/v2/pods/shop_cart/allow");
-    let pin = pin.to_str().expect("a path in UTF-8");
-    let dump = bpftool(&["map", "dump", "pinned", pin]);
-    let entry = &dump[0]["formatted"];
-    assert!(entry["key"]["addr"].is_array(), "{dump}");
-    assert!(entry["value"]["classes"]["words"].is_array(), "{dump}");
-    assert!(entry["value"]["expires_ns"].is_u64(), "{dump}");
-    let map = bpftool(&["map", "show", "pinned", pin]);
-    assert_eq!(map["type"], "hash", "{map}");
-    assert!(
-        map["name"].as_str().is_some_and(|name| !name.is_empty()),
-        "{map}"
-    );
-    assert!(scene.lab.allowed(&scene.pod).contains_key(&server(10)));
+    for (learn, map) in [("kernel", "learned"), ("agent", "allow")] {
+        let lab = Lab::builder().config("dns.learn", learn).build();
+        let scene = Shop::start(lab, "shop.test:443", &[]);
+        assert_eq!(scene.pod.lookup("shop.test"), [server(10)]);
+        let pin = scene.lab.bpffs();
+        let pin = pin.join("egress-agent/v2/pods/shop_cart").join(map);
+        let pin = pin.to_str().expect("a path in UTF-8");
+        let dump = bpftool(&["map", "dump", "pinned", pin]);
+        let entry = &dump[0]["formatted"];
+        assert!(entry["key"]["addr"].is_array(), "{dump}");
+        assert!(entry["value"]["classes"]["words"].is_array(), "{dump}");
+        assert!(entry["value"]["expires_ns"].is_u64(), "{dump}");
+        let shown = bpftool(&["map", "show", "pinned", pin]);
+        assert_eq!(shown["type"], "hash", "{shown}");
+        assert_eq!(shown["name"], map, "{shown}");
+        assert!(scene.lab.allowed(&scene.pod).contains_key(&server(10)));
+    }
 }

@@ -60,6 +60,8 @@ fn metrics_count_verdicts_and_messages() {
              {{direction=\"{direction}\",outcome=\"{outcome}\",transport=\"udp\"}}"
         )
     };
+    let passed =
+        |direction: &str| format!("egress_agent_dns_passed_total{{direction=\"{direction}\"}}");
     let mode = |mode: &str| format!("egress_agent_pods{{mode=\"{mode}\"}}");
     let metrics = metrics_when(&lab, "everything is counted", |metrics| {
         metrics.find("egress_agent_allow_map_entries") == 1.0
@@ -73,9 +75,12 @@ fn metrics_count_verdicts_and_messages() {
         (mode("audit"), 1.0),
         (mode("off"), 1.0),
         (mode("missing"), 0.0),
-        (dns("question", "delivered"), 1.0),
+        // The programs pass the query once its name is decided, and read the response.
+        (passed("question"), 1.0),
+        (passed("answer"), 1.0),
+        (dns("question", "delivered"), 0.0),
         (dns("question", "refused"), 1.0),
-        (dns("answer", "delivered"), 1.0),
+        (dns("answer", "delivered"), 0.0),
         (dns("question", "undeliverable"), 0.0),
         (dns("answer", "undeliverable"), 0.0),
         (
@@ -88,8 +93,8 @@ fn metrics_count_verdicts_and_messages() {
     ] {
         assert_eq!(metrics.get(&series), value, "{series}");
     }
-    // Each delivered or answered message was held, and its time is counted.
-    assert_eq!(metrics.get("egress_agent_dns_hold_seconds_count"), 3.0);
+    // The queries were held to be decided, and their time is counted.
+    assert_eq!(metrics.get("egress_agent_dns_hold_seconds_count"), 2.0);
     assert!(metrics.get("egress_agent_dns_hold_seconds_sum") > 0.0);
     assert!(metrics.get("egress_agent_reconcile_seconds_count") >= 1.0);
     assert!(metrics.get("egress_agent_last_reconcile_timestamp_seconds") > 1e9);
