@@ -88,7 +88,7 @@ fn main() {
             udp_idle: std::time::Duration::from_nanos(egress_common::flow::UDP_NS),
             attach: Attach::Auto,
             trace: false,
-            learns: false,
+            learns: true,
         })
         .expect("the agent's maps");
         let ifindex = |pod: &Pod| {

@@ -1,7 +1,7 @@
-//! The cost of a new name: bare, with query and response held by the agent, and through dnsmasq as a
-//! forwarding resolver that fills an nftables set. All three use the same server: first one with almost no
-//! work of its own, so that only the path to it counts; then unbound, which has to query another server for
-//! each name, as a cluster's resolver does.
+//! The cost of a lookup: bare, under the agent, and through dnsmasq as a forwarding resolver that fills an nftables
+//! set. Names are new, so that the agent has to decide them, or known. All variants use the same server: first one with
+//! almost no work of its own, so that only the path to it counts; then unbound, which has to query another server for
+//! each new name, as a cluster's resolver does.
 //!
 //! The placement of client and server by the scheduler determines what "bare" costs. On one CPU, each hands
 //! over to the other without a wake-up, and anything in between looks expensive; on two CPUs, each message
@@ -38,6 +38,8 @@ const SINGLE_NAMES: u32 = 2000;
 /// The number of names in a round, queried with [`OPEN`] queries pending.
 const PIPELINED_NAMES: u32 = 2000;
 const OPEN: u32 = 32;
+/// How many known names a client queries in turn.
+const KNOWN_NAMES: u32 = 500;
 
 /// One of the compared paths to the server, and its measurements, one number per round.
 struct Variant {
@@ -197,26 +199,27 @@ fn main() {
             for id in [responder.id(), Pid::from_raw(unbound.id().cast_signed())] {
                 place(id, if apart { 1..2 } else { 0..cpus });
             }
-            let variants = measure([
-                Variant::new("bare", Client::new(&bare, server), None),
-                Variant::new(
-                    "egress-agent",
-                    Client::new(&enforced, server),
-                    Some(agent.pid()),
-                ),
-                Variant::new(
-                    "dnsmasq --nftset",
-                    Client::new(&proxied, gateway),
-                    Some(dnsmasq.0.id()),
-                ),
-            ]);
             let placed = if apart {
                 "client and server on a CPU each"
             } else {
                 "client and server where the scheduler puts them"
             };
-            println!("Before {what}, {placed}:\n");
-            report(&variants);
+            let paths = [
+                ("bare", &bare, server, None),
+                ("egress-agent", &enforced, server, Some(agent.pid())),
+                ("dnsmasq --nftset", &proxied, gateway, Some(dnsmasq.0.id())),
+            ];
+            for names in ["new", "known"] {
+                let variants = measure(paths.map(|(what, pod, resolver, pid)| {
+                    let client = match names {
+                        "new" => Client::new(pod, resolver),
+                        _ => Client::of_known(pod, resolver, KNOWN_NAMES),
+                    };
+                    Variant::new(what, client, pid)
+                }));
+                println!("{names} names, before {what}, {placed}:\n");
+                report(&variants);
+            }
         }
     }
 }
@@ -238,7 +241,7 @@ fn measure(mut variants: [Variant; 3]) -> [Variant; 3] {
 fn report(variants: &[Variant; 3]) {
     let bare = &variants[0];
     println!(
-        "{ROUNDS} rounds of {SINGLE_NAMES} fresh names one by one and {PIPELINED_NAMES} with {OPEN} open (pipelined).\n"
+        "{ROUNDS} rounds of {SINGLE_NAMES} names one by one and {PIPELINED_NAMES} with {OPEN} open (pipelined).\n"
     );
     println!("Ratio to bare, the median and the middle half of the rounds:\n");
     let mut ratios = vec![row!["", "p50", "p99", "queries/s, one by one", "pipelined"]];

@@ -335,7 +335,7 @@ fn interfaces(cluster: &Cluster) -> InterfaceMap {
         udp_idle: Duration::from_nanos(UDP_NS),
         attach: Attach::Auto,
         trace: false,
-        learns: false,
+        learns: true,
     });
     let datapath = datapath.expect("the agent's maps");
     datapath.interfaces().expect("the agent's map")

@@ -11,8 +11,8 @@ use crate::{process, setup, workspace};
 /// Other programs that run at the same time distort the numbers, the ratios least.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Runs only this benchmark: changes, cluster, policies, services, reports, dns, neighbour, tcp, datapath,
-    /// throughput or memory
+    /// Runs only this benchmark: changes, cluster, policies, services, reports, dns, neighbour, tcp, connections,
+    /// datapath, throughput or memory
     name: Option<String>,
 }
 

@@ -122,6 +122,13 @@ const PROGRAMS: [Program; 21] = [
         services: &[],
     },
     Program {
+        name: "haproxy",
+        packages: &["haproxy"],
+        purpose: "a proxy to compare with",
+        needed_for: Purpose::Test,
+        services: &["haproxy.service"],
+    },
+    Program {
         name: "busybox",
         packages: &["busybox-static"],
         purpose: "a DHCP client for the tests",

@@ -1,6 +1,8 @@
-//! A client that queries only new names.
+//! A client that queries new names, or the same ones again and again.
 
 use std::{
+    cell::RefCell,
+    iter,
     net::{IpAddr, UdpSocket},
     sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
@@ -17,6 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// A client with a socket to a resolver.
 pub(crate) struct Client {
     socket: UdpSocket,
+    /// The numbers of the next names.
+    numbers: RefCell<Box<dyn Iterator<Item = u32>>>,
 }
 
 /// The next unused number of a name.
@@ -51,20 +55,33 @@ pub(crate) fn question(number: u32) -> Vec<u8> {
 }
 
 impl Client {
-    /// A client in the pod.
+    /// A client in the pod that queries names that nobody has queried.
     pub(crate) fn new(pod: &Pod, resolver: IpAddr) -> Self {
+        Self::with(pod, resolver, Box::new(iter::repeat_with(fresh)))
+    }
+
+    /// A client in the pod that queries this many names in turn.
+    pub(crate) fn of_known(pod: &Pod, resolver: IpAddr, names: u32) -> Self {
+        let numbers: Vec<u32> = (0..names).map(|_| fresh()).collect();
+        Self::with(pod, resolver, Box::new(numbers.into_iter().cycle()))
+    }
+
+    fn with(pod: &Pod, resolver: IpAddr, numbers: Box<dyn Iterator<Item = u32>>) -> Self {
         let socket = pod.udp_socket((resolver, 53));
         socket
             .set_read_timeout(Some(PATIENCE))
             .expect("a time-out that is not zero");
-        Self { socket }
+        Self {
+            socket,
+            numbers: RefCell::new(numbers),
+        }
     }
 
     /// Queries names one by one; returns the time of each in microseconds, sorted.
     pub(crate) fn latencies(&self, names: u32) -> Vec<f64> {
         let mut taken: Vec<f64> = (0..names)
             .map(|_| {
-                let message = question(fresh());
+                let message = self.question();
                 let start = Instant::now();
                 self.send(&message);
                 self.receive();
@@ -77,7 +94,7 @@ impl Client {
 
     /// Queries names with this many queries pending; returns queries per second.
     pub(crate) fn questions_per_second(&self, names: u32, open: u32) -> f64 {
-        let messages: Vec<Vec<u8>> = (0..names).map(|_| question(fresh())).collect();
+        let messages: Vec<Vec<u8>> = (0..names).map(|_| self.question()).collect();
         let start = Instant::now();
         for message in &messages[..open as usize] {
             self.send(message);
@@ -90,6 +107,11 @@ impl Client {
             self.receive();
         }
         f64::from(names) / start.elapsed().as_secs_f64()
+    }
+
+    fn question(&self) -> Vec<u8> {
+        let next = self.numbers.borrow_mut().next();
+        question(next.expect("the numbers do not end"))
     }
 
     fn send(&self, message: &[u8]) {
