@@ -1,4 +1,4 @@
-//! The cost of a packet in `from_pod`: the kernel runs the program repeatedly on one frame
+//! The cost of a packet in the programs: the kernel runs the program repeatedly on one frame
 //! (`BPF_PROG_TEST_RUN`).
 #![allow(
     clippy::allow_attributes,
@@ -51,16 +51,16 @@ fn tcp(pod: &Pod, to: IpAddr, port: u16, opens: bool) -> Vec<u8> {
     frame
 }
 
-/// The server's SYN-ACK.
-fn accepts(pod: &Pod, server: IpAddr, port: u16) -> Vec<u8> {
+/// A TCP packet of the server: its SYN-ACK, or a later one.
+fn answer(pod: &Pod, server: IpAddr, port: u16, accepts: bool) -> Vec<u8> {
     let IpAddr::V4(server) = server else {
         panic!("{server} is not an IPv4 address")
     };
     let step = PacketBuilder::ethernet2(pod.gateway_hardware(), pod.hardware())
         .ipv4(server.octets(), pod.ipv4().octets(), 64)
         .tcp(443, port, 1, 65_000)
-        .syn()
         .ack(2);
+    let step = if accepts { step.syn() } else { step };
     let mut frame = Vec::new();
     step.write(&mut frame, &[]).expect("a frame in memory");
     frame
@@ -112,7 +112,7 @@ fn main() {
         // The server has answered on the first connection, but not on the second.
         for (hook, frame) in [
             (Hook::FromPod, tcp(&pod, server(10), CONNECTED, true)),
-            (Hook::ToPod, accepts(&pod, server(10), CONNECTED)),
+            (Hook::ToPod, answer(&pod, server(10), CONNECTED, true)),
             (Hook::FromPod, known.clone()),
         ] {
             let run = datapath
@@ -122,6 +122,14 @@ fn main() {
         }
         let mut cases = [
             case("established flow", known.clone(), Action::Pass),
+            Case {
+                hook: Hook::ToPod,
+                ..case(
+                    "established flow, to the pod",
+                    answer(&pod, server(10), CONNECTED, false),
+                    Action::Pass,
+                )
+            },
             case("opening flow", opens, Action::Pass),
             case("denied", tcp(&pod, server(66), OPENING, true), Action::Drop),
             Case {
@@ -148,7 +156,7 @@ fn main() {
                 case.taken.push(run.duration.as_nanos() as f64);
             }
         }
-        println!("`from_pod`: {ROUNDS} rounds of {REPEAT} runs.\n");
+        println!("{ROUNDS} rounds of {REPEAT} runs.\n");
         let mut rows = vec![row!["packet", "median", "middle half"]];
         for case in &cases {
             let taken = Spread::of(case.taken.iter().copied());
