@@ -18,7 +18,7 @@ use std::{
     time::Instant,
 };
 
-use common::{Spread, cpu_ns, place, print_table, quantile};
+use common::{Spread, cpu_ns, place, plot::Chart, print_table, quantile};
 use egress_tests::{Lab, Pod, Running, addresses::server, eventually, holds};
 use nix::unistd::{Pid, gettid};
 
@@ -147,6 +147,8 @@ fn main() {
     let server_thread = server_thread.recv().expect("the server runs");
 
     let cpus = thread::available_parallelism().map_or(2, usize::from);
+    let mut chart =
+        Chart::new("Time of a connection (connect, request, close), ratio of the median to bare");
     for apart in [true, false] {
         place(Pid::from_raw(0), if apart { 0..1 } else { 0..cpus });
         place(server_thread, if apart { 1..2 } else { 0..cpus });
@@ -171,7 +173,14 @@ fn main() {
         };
         println!("{placed}: {ROUNDS} rounds of {CONNECTIONS} connections.\n");
         report(&variants);
+        let ratio = |variant: &Variant<'_>| Spread::of_ratios(&variant.p50, &variants[0].p50);
+        let rows = variants[1..]
+            .iter()
+            .map(|it| (it.what, ratio(it)))
+            .collect();
+        chart.add(placed.to_owned(), rows);
     }
+    chart.write("connections");
 }
 
 fn report(variants: &[Variant<'_>; 3]) {

@@ -25,7 +25,9 @@ use std::{
 use common::{
     Spread, cpu_ns,
     dns::{Client, ZONE},
-    place, print_table, quantile,
+    place,
+    plot::Chart,
+    print_table, quantile,
     responder::Responder,
 };
 use egress_tests::{Lab, Running, addresses::RESOLVER, eventually};
@@ -188,6 +190,8 @@ fn main() {
     let [a, b, c, _] = proxied.ipv4().octets();
     let gateway = IpAddr::from([a, b, c, 1]);
 
+    let mut latency = Chart::new("Time of a lookup, ratio of the median to bare");
+    let mut rate = Chart::new("Lookups per second with 32 open, ratio to bare");
     let cpus = thread::available_parallelism().map_or(2, usize::from);
     for (server, what) in [
         (RESOLVER, "a server that does next to nothing"),
@@ -217,11 +221,26 @@ fn main() {
                     };
                     Variant::new(what, client, pid)
                 }));
-                println!("{names} names, before {what}, {placed}:\n");
+                let situation = format!("{names} names, before {what}, {placed}");
+                println!("{situation}:\n");
                 report(&variants);
+                latency.add(situation.clone(), ratios(&variants, |it| &it.p50));
+                rate.add(situation, ratios(&variants, |it| &it.rate));
             }
         }
     }
+    latency.write("dns-latency");
+    rate.write("dns-rate");
+}
+
+/// The ratios of a measurement to that of the first variant.
+fn ratios(variants: &[Variant; 3], of: impl Fn(&Variant) -> &[f64]) -> Vec<(&'static str, Spread)> {
+    let bare = of(&variants[0]);
+    let ratio = |variant| Spread::of_ratios(of(variant), bare);
+    variants[1..]
+        .iter()
+        .map(|it| (it.what, ratio(it)))
+        .collect()
 }
 
 /// Runs all rounds.

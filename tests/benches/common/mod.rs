@@ -13,6 +13,7 @@
 pub(crate) mod dns;
 pub(crate) mod full_node;
 pub(crate) mod objects;
+pub(crate) mod plot;
 pub(crate) mod responder;
 
 use std::{fs, ops::Range, time::Instant};
