@@ -55,7 +55,7 @@ pub(crate) struct Program {
     pub(crate) services: &'static [&'static str],
 }
 
-const PROGRAMS: [Program; 21] = [
+const PROGRAMS: [Program; 22] = [
     Program {
         name: "ip",
         packages: &["iproute2"],
