@@ -185,6 +185,14 @@ fn tell_of(before: &Overflown, after: &Overflown) {
              addresses and node ports are denied for a minute"
         );
     }
+    if let Some((count, first)) = new(&before.too_large, &after.too_large) {
+        tracing::warn!(
+            count,
+            services = %first,
+            "Services have more ports and endpoints than the agent reads; all packets to their addresses and node ports \
+             are denied"
+        );
+    }
     let addresses = (
         &before.with_forgotten_addresses,
         &after.with_forgotten_addresses,
@@ -226,6 +234,7 @@ mod tests {
                 node_port: None,
                 endpoints: vec!["203.0.113.9:53".parse().expect("an endpoint")],
             }],
+            has_more: false,
         };
         Services::new([Arc::new(service)], Vec::new())
     }

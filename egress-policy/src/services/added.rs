@@ -16,7 +16,7 @@ use egress_common::{
 
 use super::{
     ServiceName, Services, Transport,
-    coarse::{close, greedy},
+    coarse::{Room, close, greedy},
 };
 use crate::{
     PolicyError, Settings,
@@ -278,18 +278,27 @@ impl Compiled {
         let greedy = greedy(added);
         // One entry more may keep IPv4 addresses out of an IPv6 prefix.
         let room = (CIDR_ENTRIES as usize).saturating_sub(self.cidrs.len() + 1);
-        let every = added.iter().map(Added::namespace).collect();
-        for (namespaces, are_all) in [(greedy, false), (every, true)] {
+        let every: BTreeSet<&str> = added.iter().map(Added::namespace).collect();
+        for (namespaces, are_all, ranges) in [
+            (&greedy, false, Room::RANGES),
+            (&greedy, false, 1),
+            (&every, true, 1),
+        ] {
             if namespaces.is_empty() {
                 continue;
             }
-            let others = all.cluster_ips_but(&namespaces);
-            let closed = close(added, &namespaces, room, &others);
+            let left = Room {
+                prefixes: room,
+                ranges,
+                addresses: &all.cluster_ips_but(namespaces),
+                ports: &all.node_ports_but(namespaces),
+            };
+            let closed = close(added, namespaces, &left);
             if let Ok(compiled) = self.with(settings, &closed) {
                 let of = if are_all {
                     "Services".to_owned()
                 } else {
-                    format!("Services of {}", listed(&namespaces))
+                    format!("Services of {}", listed(namespaces))
                 };
                 let text = format!(
                     "{what}: {error}; {of} with an endpoint that is denied are closed, and those that are to be open \

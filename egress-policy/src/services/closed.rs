@@ -1,7 +1,7 @@
-//! Services that have lost more than the agent remembers.
+//! Services that have, or have lost, more than the agent remembers.
 //!
-//! Any address may have been among the endpoints that are forgotten. So the Service is denied before all rules, at all of
-//! its addresses and node ports, until nodes have followed.
+//! Any address may be among the endpoints that are not known. So the Service is denied before all rules, at all of its
+//! addresses and node ports, until it has less and nodes have followed.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,6 +14,7 @@ use egress_common::records::PortClass;
 use super::{
     Known, Transport,
     added::{About, Added, EVERYTHING, Of, Place},
+    port_ranges::port_ranges,
     whole::Whole,
 };
 use crate::{
@@ -23,11 +24,11 @@ use crate::{
     prefix::{Prefix, merge},
 };
 
-/// Most node ports that are denied one by one. If there are more, all between the lowest and the highest are.
+/// Most ranges of node ports that are denied, of each protocol.
 const NODE_PORTS: usize = 64;
 
 /// What stands in place of an entry.
-const ENTRY: &str = "more endpoints within a minute than are remembered";
+const ENTRY: &str = "more endpoints than are remembered";
 
 /// The endpoint of a Service if it is not known any more.
 pub(super) fn unknown_endpoint(address: IpAddr) -> SocketAddr {
@@ -41,12 +42,21 @@ pub(super) fn unknown_endpoint(address: IpAddr) -> SocketAddr {
 
 /// The rules that deny a Service.
 pub(super) fn rules(service: &Whole, known: &Known) -> Vec<Added> {
-    let cluster = service.cluster.iter().map(|cluster| cluster.ip);
-    let cluster = cluster.map(|ip| (ip, Of::ClusterIp));
-    let external = service.external.iter().map(|ip| (*ip, Of::External));
-    let addresses = cluster.chain(external).map(|(ip, of)| {
-        let about = about(service, ip, Transport::Tcp);
-        denial(&about, vec![Prefix::host(ip)], EVERYTHING, of)
+    let mut addresses: BTreeMap<(bool, bool), Vec<IpAddr>> = BTreeMap::new();
+    let cluster = service.cluster.iter().map(|cluster| (cluster.ip, false));
+    for (ip, is_external) in cluster.chain(service.external.iter().map(|ip| (*ip, true))) {
+        let alike = addresses.entry((is_external, ip.is_ipv4())).or_default();
+        alike.push(ip);
+    }
+    let addresses = addresses.into_iter().map(|((is_external, _), ips)| {
+        let about = about(service, ips[0], Transport::Tcp);
+        let of = if is_external {
+            Of::External
+        } else {
+            Of::ClusterIp
+        };
+        let to = ips.into_iter().map(Prefix::host);
+        denial(&about, to.collect(), EVERYTHING, of)
     });
     let mut rules: Vec<Added> = addresses.collect();
     let mut by_transport: BTreeMap<Transport, BTreeSet<u16>> = BTreeMap::new();
@@ -56,6 +66,8 @@ pub(super) fn rules(service: &Whole, known: &Known) -> Vec<Added> {
     }
     let nodes = known.places.with_node_ports.iter();
     let nodes: Vec<Prefix> = nodes.chain(known.services.nodes()).copied().collect();
+    let own = BTreeSet::from([&*service.name.namespace]);
+    let others = known.services.node_ports_but(&own);
     for unspecified in [
         IpAddr::from(Ipv4Addr::UNSPECIFIED),
         Ipv6Addr::UNSPECIFIED.into(),
@@ -69,7 +81,7 @@ pub(super) fn rules(service: &Whole, known: &Known) -> Vec<Added> {
         for (transport, ports) in &by_transport {
             let about = about(service, unspecified, *transport);
             rules.extend(
-                classes(*transport, ports)
+                classes(*transport, ports, &others)
                     .map(|class| denial(&about, to.clone(), class, Of::NodePort)),
             );
         }
@@ -77,13 +89,13 @@ pub(super) fn rules(service: &Whole, known: &Known) -> Vec<Added> {
     rules
 }
 
-fn classes(transport: Transport, ports: &BTreeSet<u16>) -> impl Iterator<Item = PortClass> {
-    let are_few = ports.len() <= NODE_PORTS;
-    let each = ports.iter().filter(move |_| are_few);
-    let each = each.map(|port| (*port, *port));
-    let all = ports.first().zip(ports.last()).filter(move |_| !are_few);
-    let all = all.map(|(first, last)| (*first, *last));
-    each.chain(all).map(move |(port_min, port_max)| PortClass {
+fn classes(
+    transport: Transport,
+    ports: &BTreeSet<u16>,
+    others: &BTreeSet<u16>,
+) -> impl Iterator<Item = PortClass> {
+    let ranges = port_ranges(ports, NODE_PORTS, others).into_iter();
+    ranges.map(move |(port_min, port_max)| PortClass {
         port_min,
         port_max,
         protocols: transport.bit(),

@@ -11,6 +11,7 @@ use egress_common::{address::Address, records::PortClass};
 use super::{
     added::{Added, EVERYTHING, Of, Place},
     cover::cover,
+    port_ranges::port_ranges,
 };
 use crate::prefix::Prefix;
 
@@ -18,9 +19,25 @@ use crate::prefix::Prefix;
 const CLASSES: usize = 16;
 /// Most prefixes of one family that they have before they are closed.
 const PREFIXES: usize = 256;
-/// Most different ports of node ports and external addresses, before all between the lowest and the highest node port
-/// and all ports of the external addresses are denied.
+/// Most different ports of node ports and external addresses, before node ports are denied in ranges, and the external
+/// addresses at all ports.
 const PORTS: usize = 16;
+
+/// How much room closed namespaces leave to others.
+pub(super) struct Room<'a> {
+    /// Most prefixes of all rules together.
+    pub(super) prefixes: usize,
+    /// Most ranges of node ports of a closed namespace and protocol.
+    pub(super) ranges: usize,
+    /// The cluster IPs of others, in order.
+    pub(super) addresses: &'a [Address],
+    /// The node ports of others.
+    pub(super) ports: &'a BTreeSet<u16>,
+}
+
+impl Room<'_> {
+    pub(super) const RANGES: usize = PORTS;
+}
 
 /// What the Services of a namespace need.
 #[derive(Default)]
@@ -45,16 +62,11 @@ pub(super) fn greedy(added: &[Added]) -> BTreeSet<&str> {
 }
 
 /// The rules, of which those of these namespaces are in a form that takes few classes and prefixes. Denials come before
-/// all rules then, and nothing is opened. All rules together have `most` prefixes.
+/// all rules then, and nothing is opened.
 ///
 /// The addresses of a namespace stay as they are if there is room. If not, the namespaces with most addresses get wider
-/// prefixes, which contain few of the `others`.
-pub(super) fn close(
-    added: &[Added],
-    namespaces: &BTreeSet<&str>,
-    most: usize,
-    others: &[Address],
-) -> Vec<Added> {
+/// prefixes, which contain few of those of others. So it is with node ports.
+pub(super) fn close(added: &[Added], namespaces: &BTreeSet<&str>, room: &Room<'_>) -> Vec<Added> {
     let mut closed: BTreeMap<&str, Vec<&Added>> = BTreeMap::new();
     let mut rules = Vec::new();
     for one in added {
@@ -73,7 +85,7 @@ pub(super) fn close(
         .chain(&rules)
         .flat_map(|one| &one.to)
         .collect();
-    let most = most.saturating_sub(fixed.len());
+    let most = room.prefixes.saturating_sub(fixed.len());
     let mut wanted: BTreeMap<Addresses<'_>, BTreeSet<Prefix>> = BTreeMap::new();
     for (namespace, denials) in &closed {
         for one in denials.iter().filter(|one| one.of != Of::NodePort) {
@@ -88,11 +100,11 @@ pub(super) fn close(
         .iter()
         .map(|(of, prefixes)| {
             let share = shares.get(of).copied().unwrap_or_default();
-            (*of, cover(prefixes, share, others))
+            (*of, cover(prefixes, share, room.addresses))
         })
         .collect();
     for (namespace, denials) in &closed {
-        rules.extend(closed_namespace(namespace, denials, &covers));
+        rules.extend(closed_namespace(namespace, denials, &covers, room));
     }
     rules
 }
@@ -124,38 +136,51 @@ fn closed_namespace(
     namespace: &str,
     denials: &[&Added],
     covers: &BTreeMap<Addresses<'_>, Vec<Prefix>>,
+    room: &Room<'_>,
 ) -> Vec<Added> {
     let of_ports = denials.iter().filter(|one| one.of != Of::ClusterIp);
     let ports: BTreeSet<PortClass> = of_ports.map(|one| one.class).collect();
-    let node_ports = denials.iter().filter(|one| one.of == Of::NodePort);
-    let node_ports = node_ports
-        .map(|one| one.class)
-        .reduce(|all, one| PortClass {
-            port_min: all.port_min.min(one.port_min),
-            port_max: all.port_max.max(one.port_max),
-            protocols: all.protocols | one.protocols,
-            ..PortClass::NONE
-        });
+    let mut node_ports: BTreeMap<u8, BTreeSet<u16>> = BTreeMap::new();
+    for one in denials.iter().filter(|one| one.of == Of::NodePort) {
+        let of_protocol = node_ports.entry(one.class.protocols).or_default();
+        of_protocol.extend([one.class.port_min, one.class.port_max]);
+    }
+    let ranges: BTreeMap<u8, Vec<(u16, u16)>> = node_ports
+        .into_iter()
+        .map(|(protocol, ports)| (protocol, port_ranges(&ports, room.ranges, room.ports)))
+        .collect();
     let are_few = ports.len() <= PORTS;
     let closed = denials.iter().map(|one| {
         let class = match one.of {
             Of::External | Of::NodePort if are_few => one.class,
             Of::ClusterIp | Of::External => EVERYTHING,
-            Of::NodePort => node_ports.unwrap_or(one.class),
+            Of::NodePort => within(&ranges, one.class),
         };
         let to = one.to.iter().map(|prefix| {
             let of = (namespace, one.of == Of::External, prefix.is_v4());
             let covers = covers.get(&of).filter(|_| one.of != Of::NodePort);
             covers.map_or(*prefix, |covers| containing(covers, prefix))
         });
+        let to: BTreeSet<Prefix> = to.collect();
         Added {
-            to: to.collect(),
+            to: to.into_iter().collect(),
             class,
             place: Place::Before(0),
             ..(*one).clone()
         }
     });
     closed.collect()
+}
+
+/// The range of its protocol that contains a port.
+fn within(ranges: &BTreeMap<u8, Vec<(u16, u16)>>, class: PortClass) -> PortClass {
+    let mut of_protocol = ranges.get(&class.protocols).into_iter().flatten();
+    let found = of_protocol.find(|(min, max)| (min..=max).contains(&&class.port_min));
+    found.map_or(class, |&(port_min, port_max)| PortClass {
+        port_min,
+        port_max: port_max.max(class.port_max),
+        ..class
+    })
 }
 
 /// The one of these prefixes, which are in order, that contains another.

@@ -191,6 +191,7 @@ pub(super) struct Seen {
 }
 
 /// A rule that a port needs.
+#[derive(PartialEq, Eq)]
 pub(super) struct Needed {
     place: Place,
     is_denial: bool,
@@ -236,14 +237,24 @@ impl<'a> Judge<'a> {
                 port: number,
                 node_port,
             } = port.route;
+            // One rule for all addresses that are denied alike: there may be many.
+            let mut denied: Vec<(Needed, Vec<Prefix>)> = Vec::new();
+            let of_families = [true, false].map(|is_v4| port.of_family(is_v4));
             for ip in &service.external {
-                let endpoints = port.of_family(ip.is_ipv4());
+                let endpoints = &of_families[usize::from(!ip.is_ipv4())];
                 let seen = self.seen_at_external(*ip, (transport, number));
-                if let Some(needed) = self.denial(&seen, transport, &endpoints) {
-                    let to = vec![Prefix::host(*ip)];
-                    let class = class_of(transport, number);
-                    added.push(rule(service, transport, needed, (to, class), Of::External));
+                let Some(needed) = self.denial(&seen, transport, endpoints) else {
+                    continue;
+                };
+                let alike = denied.iter_mut().find(|(other, _)| *other == needed);
+                match alike {
+                    Some((_, to)) => to.push(Prefix::host(*ip)),
+                    None => denied.push((needed, vec![Prefix::host(*ip)])),
                 }
+            }
+            for (needed, to) in denied {
+                let to = (to, class_of(transport, number));
+                added.push(rule(service, transport, needed, to, Of::External));
             }
             if let Some(node_port) = node_port {
                 self.node_port(service, (port, node_port), &mut added);

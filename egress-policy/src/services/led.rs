@@ -55,7 +55,10 @@ impl Transport {
 /// The addresses and ports of Services.
 struct ServiceAddresses {
     cluster: HashSet<IpAddr>,
-    external: HashSet<(Transport, SocketAddr)>,
+    /// With the places in `ports` of the Services that have each.
+    external: HashMap<IpAddr, Vec<usize>>,
+    /// The ports of each Service with external addresses.
+    ports: Vec<HashSet<(Transport, u16)>>,
     node_ports: HashSet<(Transport, u16)>,
 }
 
@@ -63,7 +66,8 @@ impl ServiceAddresses {
     fn of(services: &Services) -> Self {
         let mut addresses = Self {
             cluster: HashSet::new(),
-            external: HashSet::new(),
+            external: HashMap::new(),
+            ports: Vec::new(),
             node_ports: HashSet::new(),
         };
         for service in services
@@ -74,18 +78,25 @@ impl ServiceAddresses {
             addresses
                 .cluster
                 .extend(service.cluster.iter().map(|cluster| cluster.ip));
-            for port in &service.ports {
-                let transport = port.route.transport;
-                let external = service.external.iter();
-                let external =
-                    external.map(|ip| (transport, SocketAddr::new(*ip, port.route.port)));
-                addresses.external.extend(external);
-                addresses
-                    .node_ports
-                    .extend(port.route.node_port.map(|port| (transport, port)));
+            for ip in &service.external {
+                let places = addresses.external.entry(*ip).or_default();
+                places.push(addresses.ports.len());
             }
+            let routes = || service.ports.iter().map(|port| port.route);
+            if !service.external.is_empty() {
+                let ports = routes().map(|route| (route.transport, route.port));
+                addresses.ports.push(ports.collect());
+            }
+            let at_nodes = routes().filter_map(|route| Some((route.transport, route.node_port?)));
+            addresses.node_ports.extend(at_nodes);
         }
         addresses
+    }
+
+    fn has_external(&self, transport: Transport, at: SocketAddr) -> bool {
+        let places = self.external.get(&at.ip()).into_iter().flatten();
+        let mut ports = places.filter_map(|place| self.ports.get(*place));
+        ports.any(|ports| ports.contains(&(transport, at.port())))
     }
 }
 
@@ -162,7 +173,7 @@ impl<'a> Connections<'a> {
         let address = to_mapped(led.to.ip());
         if kinds & RANGE_SERVICES != 0 || self.addresses.cluster.contains(&led.to.ip()) {
             Some(Of::ClusterIp)
-        } else if self.addresses.external.contains(&(led.transport, led.to)) {
+        } else if self.addresses.has_external(led.transport, led.to) {
             Some(Of::External)
         } else if self
             .addresses

@@ -15,7 +15,10 @@ use std::{
 
 use egress_common::records::Range;
 
-use super::{Passed, Places, Service, ServiceName, ServicePort, Services, whole::Route};
+use super::{
+    Passed, Places, Service, ServiceName, ServicePort, Services,
+    whole::{self, Route},
+};
 
 /// How long a lost part counts at least. A node needs some seconds to follow (kube-proxy tries again after 30 seconds,
 /// `--iptables-sync-period`).
@@ -226,6 +229,8 @@ impl Memory {
 pub struct Overflown {
     /// Those that are closed for it.
     pub closed: BTreeSet<Arc<ServiceName>>,
+    /// Those that are closed because of what they have.
+    pub too_large: BTreeSet<Arc<ServiceName>>,
     /// Those of which external addresses were forgotten.
     pub with_forgotten_addresses: BTreeSet<Arc<ServiceName>>,
 }
@@ -274,7 +279,10 @@ impl Losses {
         for name in names {
             let before = former.get(&name).map(|service| &**service);
             let passed = passed.get(&*name).map_or(&[][..], Vec::as_slice);
-            let had_more = passed.iter().any(|passed| passed.had_more);
+            // What it had more before may be what it has no more now.
+            let had_more = passed.iter().any(|passed| passed.had_more)
+                || before.is_some_and(|service| service.has_more)
+                    && services.get(&name).is_none_or(|now| !now.has_more);
             let had_more_addresses = passed.iter().any(|passed| passed.had_more_addresses);
             let had = before
                 .into_iter()
@@ -353,8 +361,13 @@ impl Losses {
             let found = self.lost.iter().filter(|(_, memory)| is_so(memory));
             found.map(|(name, _)| Arc::clone(name)).collect()
         };
+        let too_large = self
+            .present
+            .all()
+            .filter(|service| whole::is_too_large(service));
         Overflown {
             closed: of(|memory| memory.closed.is_some()),
+            too_large: too_large.map(|service| Arc::clone(&service.name)).collect(),
             with_forgotten_addresses: of(|memory| memory.forgot_addresses.is_some()),
         }
     }

@@ -22,7 +22,8 @@
 //! | [`judge`] | what the policy says of their endpoints |
 //! | [`added`] | the rules that follow |
 //! | `needed` | which of them a policy gets |
-//! | `closed` | what denies a Service that has lost more than is remembered |
+//! | `closed` | what denies a Service that has, or has lost, more than is remembered |
+//! | `port_ranges` | few ranges for many ports |
 //! | `coarse` | what stands for them if they are too many |
 //! | `cover` | few prefixes for many addresses |
 //! | [`led`] | connections that a node translates |
@@ -40,6 +41,7 @@ pub mod led;
 pub mod lost;
 mod needed;
 mod places;
+mod port_ranges;
 mod resolvers;
 #[cfg(test)]
 mod tests;
@@ -137,6 +139,9 @@ pub struct Service {
     pub external: Vec<IpAddr>,
     /// Its ports.
     pub ports: Vec<ServicePort>,
+    /// Whether it has more endpoints or ports than these. It is [closed](closed) then.
+    #[serde(default)]
+    pub has_more: bool,
 }
 
 /// What a Service had for a moment.
@@ -270,6 +275,14 @@ impl Services {
         addresses.sort_unstable();
         addresses.dedup();
         addresses
+    }
+
+    /// The node ports of Services that are in none of these namespaces.
+    fn node_ports_but(&self, namespaces: &BTreeSet<&str>) -> BTreeSet<u16> {
+        let others = self.all.values();
+        let others = others.filter(|service| !namespaces.contains(&*service.name.namespace));
+        let ports = others.flat_map(|service| &service.ports);
+        ports.filter_map(|port| port.node_port).collect()
     }
 
     /// Addresses of nodes.

@@ -1,6 +1,6 @@
 //! Which of the rules for Services a policy gets.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use egress_common::records::PortClass;
 
@@ -17,13 +17,21 @@ const OPENED_PORTS: usize = 16;
 /// All rules that a policy needs. Nothing is opened that an endpoint denies, of whichever Service. Of the ports that are
 /// opened only as many count as a policy may have: first one of each namespace, then a second of each, and so on.
 pub fn needed(by_service: &ByService) -> Vec<Added> {
-    let mut denied: HashMap<&[Prefix], Vec<PortClass>> = HashMap::new();
+    let openings = || by_service.values().flatten().filter(|one| !one.is_denial);
+    let opened: HashSet<&Prefix> = openings().flat_map(|one| &one.to).collect();
+    let mut denied: HashMap<&Prefix, Vec<PortClass>> = HashMap::new();
     for one in by_service.values().flatten().filter(|one| one.is_denial) {
-        denied.entry(&one.to).or_default().push(one.class);
+        for prefix in one.to.iter().filter(|prefix| opened.contains(prefix)) {
+            denied.entry(prefix).or_default().push(one.class);
+        }
     }
     let is_denied = |one: &Added| {
-        let denied = denied.get(&*one.to).map_or(&[][..], Vec::as_slice);
-        denied.iter().any(|class| meet(*class, one.class))
+        let mut denied = one
+            .to
+            .iter()
+            .filter_map(|prefix| denied.get(prefix))
+            .flatten();
+        denied.any(|class| meet(*class, one.class))
     };
     let all = || {
         let all = by_service.values().flatten();

@@ -84,7 +84,9 @@ fn claims<'a>(
             for port in claiming {
                 let of_family = |at: &&SocketAddr| at.is_ipv4() == address.is_ipv4();
                 let mut endpoints = port.endpoints.iter().filter(of_family);
-                let Some(&endpoint) = endpoints.find(|endpoint| !is_resolver(endpoint)) else {
+                let other = endpoints.find(|endpoint| !is_resolver(endpoint)).copied();
+                let unknown = service.has_more.then(|| unknown_endpoint(address));
+                let Some(endpoint) = other.or(unknown) else {
                     continue;
                 };
                 let resolver = Resolver {
@@ -128,6 +130,7 @@ mod tests {
                 node_port: None,
                 endpoints: endpoints.collect(),
             }],
+            has_more: false,
         };
         Services::new([Arc::new(service)], Vec::new())
     }
@@ -174,6 +177,16 @@ mod tests {
     fn a_service_without_endpoints_claims_nothing() {
         let services = service(DNS, Transport::Udp, 53, &[]);
         assert_eq!(services.claims(&resolvers()), BTreeMap::new());
+    }
+
+    #[test]
+    fn a_service_with_more_endpoints_than_are_known_claims() {
+        let service = service("192.0.2.53", Transport::Udp, 53, &[]);
+        let mut large = Service::clone(service.all().next().expect("a Service"));
+        large.has_more = true;
+        let claims = Services::new([Arc::new(large)], Vec::new()).claims(&resolvers());
+        let claimed = claims.keys().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(claimed, ["192.0.2.53"]);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Services under policies: addresses that are denied or opened because of endpoints.
 
 mod coarse;
+mod large;
 mod led;
 mod lost;
 
@@ -73,6 +74,7 @@ fn service(name: &str, ip: &str, ports: &[ServicePort]) -> Arc<Service> {
         cluster: vec![ip.parse().unwrap()],
         external: Vec::new(),
         ports: ports.to_vec(),
+        has_more: false,
     })
 }
 

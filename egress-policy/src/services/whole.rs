@@ -10,12 +10,24 @@ use egress_common::records::Range;
 
 use super::{Service, ServiceName, ServicePort, Transport, lost::Lost};
 
+/// Most external addresses, each at one port, of a Service that is not closed, with those that it has lost.
+const EXTERNAL: usize = 8_192;
+
 /// Where packets to a port of a Service arrive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Route {
     pub(super) transport: Transport,
     pub(super) port: u16,
     pub(super) node_port: Option<u16>,
+}
+
+/// Whether a Service is closed because of what it has.
+pub(super) fn is_too_large(service: &Service) -> bool {
+    service.has_more || are_too_many(service.external.len(), service.ports.len())
+}
+
+fn are_too_many(external: usize, ports: usize) -> bool {
+    external.saturating_mul(ports) > EXTERNAL
 }
 
 impl ServicePort {
@@ -60,7 +72,7 @@ pub(super) struct Whole {
     pub(super) cluster: Vec<ClusterIp>,
     pub(super) external: Vec<IpAddr>,
     pub(super) ports: Vec<WholePort>,
-    /// Whether it has lost more than is known.
+    /// Whether it has, or has lost, more than is known.
     pub(super) is_closed: bool,
 }
 
@@ -92,6 +104,7 @@ impl Whole {
                 .cluster
                 .extend(cluster.map(|ip| ClusterIp { ip: *ip, is_lost }));
             whole.external.extend(&service.external);
+            whole.is_closed = is_too_large(service);
             whole.ports.extend(service.ports.iter().map(|port| {
                 let endpoints = port.endpoints.iter();
                 WholePort {
@@ -123,7 +136,7 @@ impl Whole {
                     whole.ports.len() - 1
                 })
             };
-            whole.is_closed = lost.closed.is_some();
+            whole.is_closed |= lost.closed.is_some();
             for route in lost.closed.iter().flatten() {
                 place_of(&mut whole, route);
             }
@@ -135,6 +148,8 @@ impl Whole {
                 });
             }
         }
+        // Each port at each of these addresses gets a rule.
+        whole.is_closed |= are_too_many(whole.external.len(), whole.ports.len());
         whole
     }
 
@@ -162,6 +177,7 @@ impl Whole {
             cluster: cluster.map(|cluster| cluster.ip).collect(),
             external: self.external,
             ports: ports.collect(),
+            has_more: self.is_closed,
         }
     }
 }

@@ -3,6 +3,7 @@
 mod addresses;
 mod conformance;
 mod edited_services;
+mod large_services;
 mod lost_endpoints;
 mod manifests;
 mod peers;

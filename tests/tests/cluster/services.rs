@@ -27,7 +27,7 @@ pub(super) const NODE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 98, 0, 1)
 /// The reason of every denial here.
 const DENIED: &str = "deny_rule";
 
-fn lab() -> egress_tests::Builder {
+pub(super) fn lab() -> egress_tests::Builder {
     let internal = json!([PODS, PODS6, SERVICES, SERVICES6, format!("{NODE}/32")]);
     Lab::builder().config("ranges", json!({ "internal": internal }))
 }

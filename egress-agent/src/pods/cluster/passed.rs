@@ -77,11 +77,7 @@ impl<'a> Candidate<'a> {
 
     /// How many endpoints of ports the Service gets. This joins nothing.
     fn size(&self) -> usize {
-        let mut present: HashMap<&str, usize> = HashMap::new();
-        for (name, addresses) in self.slices.iter().flat_map(|slice| slice.sizes()) {
-            let of_name = present.entry(name).or_default();
-            *of_name = of_name.saturating_add(addresses);
-        }
+        let present = sizes(self.slices);
         let sizes = self.ports.iter().map(|(port, is_present)| {
             let had = self.had.get(&*port.name).map_or(0, Vec::len);
             let present = present.get(&*port.name).copied();
@@ -119,11 +115,22 @@ impl<'a> Candidate<'a> {
                 name: self.name,
                 cluster: self.cluster.into_iter().collect(),
                 external: self.external.into_iter().collect(),
+                has_more: false,
             }),
             had_more,
             had_more_addresses: self.had_more_addresses,
         }
     }
+}
+
+/// How many addresses of these slices have a port of each name.
+pub(super) fn sizes<'a>(slices: &[&'a EndpointFacts]) -> HashMap<&'a str, usize> {
+    let mut sizes: HashMap<&str, usize> = HashMap::new();
+    for (name, addresses) in slices.iter().flat_map(|slice| slice.sizes()) {
+        let of_name = sizes.entry(name).or_default();
+        *of_name = of_name.saturating_add(addresses);
+    }
+    sizes
 }
 
 /// What these Services had. The largest ones of a namespace are too much if all together are.

@@ -3,7 +3,7 @@
 //! Every endpoint counts, ready or not: each node chooses which ones it uses.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Instant,
@@ -22,6 +22,16 @@ use super::{
     passed::{self, Candidate},
     table::Table,
 };
+
+/// Most endpoints, each at one port, of a Service, and of all Services of a namespace. Both objects that they come from
+/// may have thousands of ports, and the product of ports and addresses must not decide how much memory the agent takes.
+const ENDPOINTS: usize = 65_536;
+const OF_NAMESPACE: usize = 262_144;
+/// Most ports of a Service, and of all Services of a namespace, except for those with few: each pod may need a rule for
+/// each port.
+const PORTS: usize = 4_096;
+const PORTS_OF_NAMESPACE: usize = 16_384;
+const FEW_PORTS: usize = 16;
 
 /// The label of a slice with the name of its Service.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
@@ -109,9 +119,17 @@ impl ServiceFacts {
         self.ports.iter()
     }
 
-    /// The Service with the endpoints of its ports.
-    fn with(&self, endpoints: &[&EndpointFacts]) -> Service {
+    /// How many endpoints its ports have together. This joins nothing.
+    fn size(&self, endpoints: &[&EndpointFacts]) -> usize {
+        let sizes = passed::sizes(endpoints);
+        let of_ports = self.ports.iter().filter_map(|port| sizes.get(&*port.name));
+        of_ports.fold(0, |sum, one| sum.saturating_add(*one))
+    }
+
+    /// The Service with the endpoints of its ports. If they are too many, it has none of them.
+    fn with(&self, endpoints: &[&EndpointFacts], is_too_large: bool) -> Service {
         let ports = self.ports.iter().map(|port| {
+            let endpoints = if is_too_large { &[] } else { endpoints };
             let mut found: Vec<SocketAddr> = endpoints.iter().flat_map(|of| of.at(port)).collect();
             found.sort_unstable();
             found.dedup();
@@ -127,6 +145,7 @@ impl ServiceFacts {
             cluster: self.cluster.clone(),
             external: self.external.clone(),
             ports: ports.collect(),
+            has_more: is_too_large,
         }
     }
 }
@@ -354,9 +373,10 @@ impl ServiceTables {
         for facts in self.endpoints.values() {
             endpoints.entry(&facts.service).or_default().push(facts);
         }
+        let too_large = self.too_large(&endpoints);
         let services = self.services.values().map(|facts| {
             let endpoints = endpoints.get(&*facts.name).map_or(&[][..], Vec::as_slice);
-            let made = facts.with(endpoints);
+            let made = facts.with(endpoints, too_large.contains(&facts.name));
             match self.current.get(&facts.name) {
                 // The same object in memory is compared at once.
                 Some(former) if **former == made => Arc::clone(former),
@@ -370,6 +390,37 @@ impl ServiceTables {
         let mut made = Services::new(services, prefix::merge(&hosts));
         made.note_passed(self.passed(&endpoints));
         made
+    }
+
+    /// The Services with more ports or endpoints than the agent judges. Of each namespace they are the largest ones.
+    fn too_large(
+        &self,
+        endpoints: &HashMap<&ServiceName, Vec<&EndpointFacts>>,
+    ) -> HashSet<Arc<ServiceName>> {
+        let sized = self.services.values().map(|facts| {
+            let endpoints = endpoints.get(&*facts.name).map_or(&[][..], Vec::as_slice);
+            (facts.ports.len(), facts.size(endpoints), &facts.name)
+        });
+        let mut too_large = HashSet::new();
+        let mut of_namespaces: HashMap<&str, [usize; 2]> = HashMap::new();
+        let mut sized: Vec<_> = sized.collect();
+        sized.sort_unstable_by_key(|(ports, size, name)| (*ports, *size, Arc::clone(name)));
+        for &(ports, _, name) in &sized {
+            let [of_namespace, _] = of_namespaces.entry(&name.namespace).or_default();
+            *of_namespace = of_namespace.saturating_add(ports);
+            if ports > PORTS || ports > FEW_PORTS && *of_namespace > PORTS_OF_NAMESPACE {
+                too_large.insert(Arc::clone(name));
+            }
+        }
+        sized.sort_unstable_by_key(|(_, size, name)| (*size, Arc::clone(name)));
+        for &(_, size, name) in &sized {
+            let [_, of_namespace] = of_namespaces.entry(&name.namespace).or_default();
+            *of_namespace = of_namespace.saturating_add(size);
+            if size > ENDPOINTS || *of_namespace > OF_NAMESPACE {
+                too_large.insert(Arc::clone(name));
+            }
+        }
+        too_large
     }
 
     /// What Services had for a moment. Nodes may have seen it although no snapshot has it.

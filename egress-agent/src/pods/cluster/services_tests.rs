@@ -52,7 +52,7 @@ fn a_service_has_the_endpoints_of_its_slices_by_the_names_of_ports() {
         &json!([{ "name": "web", "port": 8081 }, { "name": "dns" }]),
     );
     let names = slice("FQDN", &["a.test"], &ports);
-    let made = facts.with(&[&v4, &v6, &names]);
+    let made = facts.with(&[&v4, &v6, &names], false);
     assert_eq!(made.cluster.len(), 2);
     assert_eq!(made.external.len(), 2);
     let web = &made.ports[0];
@@ -91,7 +91,7 @@ fn endpoints_objects_count_where_there_are_no_slices() {
     let endpoints = EndpointFacts::of_endpoints(read).expect("endpoints of a Service");
     let spec = json!({ "clusterIP": "10.96.0.7", "ports": [{ "port": 80 }] });
     let facts = service(&spec, &Value::Null).expect("a Service");
-    let made = facts.with(&[&endpoints]);
+    let made = facts.with(&[&endpoints], false);
     assert_eq!(texts(&made.ports[0]), ["10.1.0.2:8080", "10.1.0.3:8081"]);
 }
 
@@ -274,5 +274,82 @@ fn edits_of_others_push_out_no_moment_of_a_service() {
         let mut passed = services.passed().iter();
         let claim = passed.find(|passed| &*passed.service.name.name == "claim");
         assert_eq!(claim.expect("noted").service.ports[0].port, 53);
+    }
+}
+
+/// The Services of the present snapshot that have more endpoints than it has.
+fn too_large(edited: &Edited) -> Vec<String> {
+    let services = edited.losses.present();
+    let large = services.all().filter(|service| service.has_more);
+    large.map(|service| service.name.to_string()).collect()
+}
+
+#[test]
+fn a_service_with_more_endpoints_than_are_joined_has_none() {
+    for (ports, addresses, large) in [(600, 100, &[][..]), (4_000, 1_000, &["shop/web"])] {
+        let edited = Edited::new(ports, addresses);
+        assert_eq!(too_large(&edited), large);
+        let services = edited.losses.present();
+        let web = services.all().next().expect("a Service");
+        assert_eq!(web.ports.len(), usize::from(ports));
+        let has_endpoints = web.ports.iter().any(|port| !port.endpoints.is_empty());
+        assert_eq!(has_endpoints, large.is_empty());
+    }
+}
+
+#[test]
+fn the_largest_services_of_a_namespace_give_way_and_none_of_another() {
+    let mut edited = Edited::new(1, 1);
+    for (namespace, addresses) in [("team", 500), ("other", 100)] {
+        for number in 0..6_u16 {
+            let name = format!("s{number}");
+            let ports = |number: u16| -> Value {
+                let ports = (1..=100)
+                    .map(|port| json!({ "name": format!("p{port}"), "port": number + port }));
+                ports.collect()
+            };
+            let service = serde_json::from_value(json!({
+                "metadata": { "namespace": namespace, "name": name },
+                "spec": { "clusterIP": "10.96.0.8", "ports": ports(0) },
+            }));
+            edited.apply(Event::Apply(service.expect("a Service")));
+            let slice: discovery::EndpointSlice = serde_json::from_value(json!({
+                "metadata": {
+                    "namespace": namespace, "name": name,
+                    "labels": { "kubernetes.io/service-name": name },
+                },
+                "addressType": "IPv4",
+                "endpoints": (0..addresses + number)
+                    .map(|n| json!({ "addresses": [format!("10.2.{}.{}", n / 250, 1 + n % 250)] }))
+                    .collect::<Value>(),
+                "ports": ports(8_000),
+            }))
+            .expect("a slice");
+            let endpoints = &mut edited.tables.endpoints;
+            endpoints.apply(Event::Apply(slice), |read, _| EndpointFacts::of_slice(read));
+        }
+    }
+    edited.take();
+    assert_eq!(too_large(&edited), ["team/s5"]);
+}
+
+#[test]
+fn services_with_very_many_ports_are_too_large_and_those_with_few_are_not() {
+    for (count, ports, large) in [(1, 4_096, 0), (1, 4_097, 1), (5, 4_096, 1), (1_500, 16, 0)] {
+        let mut edited = Edited::new(1, 1);
+        for number in 0..count {
+            let ports = (1..=ports).map(|port| json!({ "name": format!("p{port}"), "port": port }));
+            let service = serde_json::from_value(json!({
+                "metadata": { "namespace": "team", "name": format!("s{number}") },
+                "spec": { "clusterIP": "10.96.0.8", "ports": ports.collect::<Value>() },
+            }));
+            edited.apply(Event::Apply(service.expect("a Service")));
+        }
+        edited.take();
+        assert_eq!(
+            too_large(&edited).len(),
+            large,
+            "{count} with {ports} ports"
+        );
     }
 }

@@ -68,13 +68,23 @@ fn many_node_ports_of_a_namespace_close_node_ports_alone() {
         ..port(100 + number, &["10.1.0.2:80"])
     });
     let ports: Vec<ServicePort> = ports.collect();
-    let known = known(&[of("team", &service("many", CLUSTER_IP, &ports))]);
+    let mut other = Service::clone(&service(
+        "other",
+        "10.96.0.9",
+        &[port(80, &["10.1.0.3:80"])],
+    ));
+    other.ports[0].node_port = Some(31_015);
+    let known = known(&[
+        of("team", &service("many", CLUSTER_IP, &ports)),
+        Arc::new(other),
+    ]);
     let (policy, problem) = closed(&base(&settings), &known, &settings);
     assert!(problem.contains("namespace team"), "{problem}");
     for to in ["10.9.0.1:30000", "10.9.0.1:31990", "10.1.0.3:30010"] {
         assert!(!passes(&policy, to), "{to}");
     }
     for to in [
+        "10.9.0.1:31015",
         "10.9.0.1:443",
         "10.1.0.3:8080",
         "198.51.100.9:80",

@@ -268,6 +268,49 @@ fn node_ports_of_a_closed_service_are_denied() {
 }
 
 #[test]
+fn many_node_ports_of_a_closed_service_leave_those_of_others_open() {
+    let mut first = wide("web", CLUSTER_IP, 9_000);
+    first.ports.extend((0..200).map(|number| ServicePort {
+        node_port: Some(30_000 + 10 * number),
+        ..port(100 + number, &["10.1.0.3:80"])
+    }));
+    let mut other = Service::clone(&service(
+        "other",
+        "10.96.0.9",
+        &[port(80, &["10.1.0.3:80"])],
+    ));
+    other.name = Arc::new(ServiceName {
+        namespace: "other".into(),
+        name: "other".into(),
+    });
+    other.ports[0].node_port = Some(31_015);
+    let mut scene = Scene::denying("10.1.0.2", &Arc::new(first));
+    scene.take(&[&Arc::new(other)]);
+    for to in ["10.9.0.1:30000", "10.9.0.1:31010", "10.9.0.1:31990"] {
+        assert!(!scene.passes(to), "{to}");
+    }
+    assert!(scene.passes("10.9.0.1:31015"));
+}
+
+#[test]
+fn a_closed_service_stays_closed_over_a_restart() {
+    let first = wide("web", CLUSTER_IP, 9_000);
+    let now = web(&["10.1.0.3:80"]);
+    let mut scene = Scene::denying("10.1.0.2", &Arc::new(first));
+    scene.take(&[&now]);
+    let kept = {
+        let mut known = Known::default();
+        known.update(scene.losses.services(), &scene.places);
+        known.only(&BTreeSet::from([&now.name]))
+    };
+    scene.losses = Losses::new(Arc::new(kept));
+    scene.take(&[&now]);
+    assert!(!scene.passes(SERVICE));
+    scene.pass_time(MINUTE);
+    assert!(scene.passes(SERVICE));
+}
+
+#[test]
 fn services_of_a_namespace_share_what_is_remembered() {
     let services: Vec<Arc<Service>> = (0..6)
         .map(|number| {
