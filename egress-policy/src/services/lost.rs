@@ -32,6 +32,9 @@ const EXTERNAL: usize = 4_096;
 /// Most endpoints, and most external addresses, of all Services of a namespace. Beyond it, those of the Service count as
 /// too many that has lost most.
 const OF_NAMESPACE: usize = 32_768;
+/// Most cluster IPs of Services of a namespace that are remembered for longer than [`LASTS`], because connections through
+/// them could not be ended.
+const OVERDUE: usize = 8_192;
 /// Most ports of a closed Service that are remembered.
 const ROUTES: usize = 8_192;
 
@@ -315,8 +318,28 @@ impl Losses {
             }
             self.limit(&name.namespace, of_namespace, now);
         }
+        self.forget_overdue(now);
         self.present = Arc::clone(services);
         self.renew();
+    }
+
+    /// Forgets what the Services of a namespace have lost for long enough if that is very much. Otherwise it would become
+    /// ever more where [`Self::forget`] is not called: on a node that cannot say which connections it translates.
+    fn forget_overdue(&mut self, now: Instant) {
+        let mut counts: HashMap<Box<str>, usize> = HashMap::new();
+        for (name, memory) in &self.lost {
+            let of_namespace = counts.entry(name.namespace.clone()).or_default();
+            *of_namespace += memory.cluster.len().max(1);
+        }
+        counts.retain(|_, count| *count > OVERDUE);
+        if !counts.is_empty() {
+            self.lost.retain(|name, memory| {
+                if counts.contains_key(&name.namespace) {
+                    memory.forget(now);
+                }
+                !memory.is_empty()
+            });
+        }
     }
 
     /// What the agent remembers of each namespace.

@@ -293,6 +293,29 @@ fn many_node_ports_of_a_closed_service_leave_those_of_others_open() {
 }
 
 #[test]
+fn what_cannot_be_forgotten_does_not_become_ever_more() {
+    let first = web(&["10.1.0.2:80"]);
+    let mut scene = Scene::denying("10.1.0.2", &first);
+    scene.take(&[]);
+    for round in 0..40_u32 {
+        let services: Vec<Arc<Service>> = (0..1_000)
+            .map(|number| {
+                let ip = IpAddr::from((0x0a60_8000 | round << 10 | number).to_be_bytes());
+                let name = format!("s{round}-{number}");
+                service(&name, &ip.to_string(), &[])
+            })
+            .collect();
+        scene.take(&services.iter().collect::<Vec<_>>());
+        scene.began += MINUTE / 4;
+    }
+    assert!(scene.losses.services().names().len() < 16_000);
+    // What may still be led to the endpoint is remembered.
+    scene.take(&[&first]);
+    scene.take(&[]);
+    assert!(!scene.passes(SERVICE));
+}
+
+#[test]
 fn a_closed_service_stays_closed_over_a_restart() {
     let first = wide("web", CLUSTER_IP, 9_000);
     let now = web(&["10.1.0.3:80"]);
