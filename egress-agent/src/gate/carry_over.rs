@@ -134,6 +134,8 @@ impl CarryOver {
             if let Some((name, answered)) = self.unlisted.pop() {
                 done += answered.len();
                 self.carry_unlisted(before, &name, &answered, rules, allow, now_ns)?;
+                // No message that is being decided has inserted them, so they may be evicted for it.
+                self.next.message_from = self.next.addresses.end();
                 continue;
             }
             // Begins with the least recently used address, so that the order of use stays.

@@ -257,6 +257,24 @@ fn an_edit_keeps_the_addresses_that_wait_to_be_sent_and_no_others() {
 }
 
 #[test]
+fn an_edit_that_allows_what_was_resolved_without_an_entry_keeps_room_for_the_next_response() {
+    let mut table = Table::new();
+    table.remember_unlisted(&name("old.test"), &[0, 1, 2, 3].map(|n| numbered(n, LATE)));
+    table.begin_decision(true, false);
+    let mut allow = fake(4);
+    let mut after = table
+        .carry_over(&everything(), false, &mut allow, NOW)
+        .unwrap();
+    after.begin_decision(true, false);
+    let (new, mut room) = ([numbered(5000, LATE)], Room::default());
+    let mut name = Arc::new(name("new.test"));
+    let all = (new.as_slice(), &mut room);
+    let learned = after.insert(&mut allow, &mut name, grant(1), &new, all, NOW);
+    assert!(matches!(learned, Poll::Ready(Ok(()))), "{learned:?}");
+    assert!(has(&allow, 5000));
+}
+
+#[test]
 fn an_edit_during_the_choice_carries_every_address_over() {
     let (mut table, mut allow) = full(CAPACITY);
     let new = [numbered(5000, LATE)];
