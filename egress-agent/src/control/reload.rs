@@ -129,7 +129,7 @@ mod tests {
         assert_eq!(fixed_key(&now, &read("onDeny: reject")), None);
         assert_eq!(fixed_key(&now, &read("bpffs: /elsewhere")), Some("bpffs"));
         let mut learn = now.clone();
-        learn.dns.learn = Learn::Kernel;
+        learn.dns.learn = Learn::Agent;
         assert_eq!(fixed_key(&now, &learn), Some("dns.learn"));
         let down = read("whenAgentDown: {resolveFor: 1h}");
         assert_eq!(fixed_key(&now, &down), None);
