@@ -120,6 +120,14 @@ impl Datapath {
                  it with lockdown=integrity"
             );
         }
+        let global_functions = kernel >= GLOBAL_FUNCTIONS;
+        if options.learns && !global_functions {
+            tracing::info!(
+                %kernel,
+                needed = %GLOBAL_FUNCTIONS,
+                "the kernel is too old to read responses by itself (`dns.learn: kernel`): the agent reads all of them"
+            );
+        }
         let constants = Constants {
             marks,
             stamp: Stamp::kept_or_new(&layout)?,
@@ -127,8 +135,8 @@ impl Datapath {
             udp_idle_ns: options.udp_idle.as_nanos() as u64,
             coarse_clock,
             frame_record: FrameRecord::of_this_kernel()?,
-            global_functions: kernel >= GLOBAL_FUNCTIONS,
-            learns: options.learns && kernel >= GLOBAL_FUNCTIONS,
+            global_functions,
+            learns: options.learns && global_functions,
         };
         let mut ebpf = load_object(&layout, &constants)?;
         constants.stamp.keep(take(&mut ebpf, "stamp")?)?;
