@@ -18,9 +18,9 @@ use std::{
     time::Instant,
 };
 
-use common::{Spread, cpu_ns, place, plot::Chart, print_table, quantile};
+use common::{Placement, Spread, cpu_ns, plot::Chart, print_table, quantile, ratios, take_turns};
 use egress_tests::{Lab, Pod, Running, addresses::server, eventually, holds};
-use nix::unistd::{Pid, gettid};
+use nix::unistd::gettid;
 
 const ROUNDS: usize = 30;
 /// The number of connections in a round, one after the other.
@@ -146,12 +146,10 @@ fn main() {
     });
     let server_thread = server_thread.recv().expect("the server runs");
 
-    let cpus = thread::available_parallelism().map_or(2, usize::from);
     let mut chart =
         Chart::new("Time of a connection (connect, request, close), ratio of the median to bare");
-    for apart in [true, false] {
-        place(Pid::from_raw(0), if apart { 0..1 } else { 0..cpus });
-        place(server_thread, if apart { 1..2 } else { 0..cpus });
+    for placement in Placement::BOTH {
+        placement.place(&[server_thread]);
         let mut variants = [
             Variant::new("bare", &bare, server(10), None),
             Variant::new("egress-agent", &enforced, server(10), Some(agent.pid())),
@@ -160,25 +158,12 @@ fn main() {
         for variant in &variants {
             variant.pod.netns().run(|| connect_and_close(variant.to));
         }
-        for round in 0..ROUNDS {
-            // Each variant follows each other one equally often.
-            for i in 0..variants.len() {
-                variants[(round + i) % 3].round();
-            }
-        }
-        let placed = if apart {
-            "Client and server on a CPU each"
-        } else {
-            "Client and server where the scheduler puts them"
-        };
+        take_turns(&mut variants, ROUNDS, Variant::round);
+        let placed = placement.text();
         println!("{placed}: {ROUNDS} rounds of {CONNECTIONS} connections.\n");
         report(&variants);
-        let ratio = |variant: &Variant<'_>| Spread::of_ratios(&variant.p50, &variants[0].p50);
-        let rows = variants[1..]
-            .iter()
-            .map(|it| (it.what, ratio(it)))
-            .collect();
-        chart.add(placed.to_owned(), rows);
+        let others = [variants[1].what, variants[2].what];
+        chart.add(placed, &others, ratios(&variants, |it| &it.p50));
     }
     chart.write("connections");
 }

@@ -19,16 +19,15 @@ use std::{
     fs,
     net::{IpAddr, Ipv4Addr},
     process::{Child, Command, Stdio},
-    thread,
 };
 
 use common::{
-    Spread, cpu_ns,
+    Placement, Spread, cpu_ns,
     dns::{Client, ZONE},
-    place,
     plot::Chart,
-    print_table, quantile,
+    print_table, quantile, ratios,
     responder::Responder,
+    take_turns,
 };
 use egress_tests::{Lab, Running, addresses::RESOLVER, eventually};
 use nix::unistd::Pid;
@@ -196,22 +195,15 @@ fn main() {
 
     let mut latency = Chart::new("Time of a lookup, ratio of the median to bare");
     let mut rate = Chart::new("Lookups per second with 32 open, ratio to bare");
-    let cpus = thread::available_parallelism().map_or(2, usize::from);
     for (server, what) in [
         (RESOLVER, "a server that does next to nothing"),
         (FORWARDER, "unbound, which asks that server"),
     ] {
         let dnsmasq = Dnsmasq::start(&lab, gateway, server);
-        for apart in [true, false] {
-            place(Pid::from_raw(0), if apart { 0..1 } else { 0..cpus });
-            for id in [responder.id(), Pid::from_raw(unbound.id().cast_signed())] {
-                place(id, if apart { 1..2 } else { 0..cpus });
-            }
-            let placed = if apart {
-                "client and server on a CPU each"
-            } else {
-                "client and server where the scheduler puts them"
-            };
+        for placement in Placement::BOTH {
+            let unbound = Pid::from_raw(unbound.id().cast_signed());
+            placement.place(&[responder.id(), unbound]);
+            let placed = placement.text();
             for (names, enforced) in [("new", &enforced), ("known", &steady)] {
                 let paths = [
                     ("bare", &bare, server, None),
@@ -228,8 +220,9 @@ fn main() {
                 let situation = format!("{names} names, before {what}, {placed}");
                 println!("{situation}:\n");
                 report(&variants);
-                latency.add(situation.clone(), ratios(&variants, |it| &it.p50));
-                rate.add(situation, ratios(&variants, |it| &it.rate));
+                let others = [variants[1].what, variants[2].what];
+                latency.add(&situation, &others, ratios(&variants, |it| &it.p50));
+                rate.add(&situation, &others, ratios(&variants, |it| &it.rate));
             }
         }
     }
@@ -237,27 +230,12 @@ fn main() {
     rate.write("dns-rate");
 }
 
-/// The ratios of a measurement to that of the first variant.
-fn ratios(variants: &[Variant; 3], of: impl Fn(&Variant) -> &[f64]) -> Vec<(&'static str, Spread)> {
-    let bare = of(&variants[0]);
-    let ratio = |variant| Spread::of_ratios(of(variant), bare);
-    variants[1..]
-        .iter()
-        .map(|it| (it.what, ratio(it)))
-        .collect()
-}
-
 /// Runs all rounds.
 fn measure(mut variants: [Variant; 3]) -> [Variant; 3] {
     for variant in &variants {
         variant.client.latencies(SINGLE_NAMES);
     }
-    for round in 0..ROUNDS {
-        // Each variant follows each other one equally often.
-        for i in 0..variants.len() {
-            variants[(round + i) % 3].round();
-        }
-    }
+    take_turns(&mut variants, ROUNDS, Variant::round);
     variants
 }
 

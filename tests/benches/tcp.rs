@@ -18,9 +18,9 @@ use std::{
 };
 
 use common::{
-    Spread, cpu_ns,
+    Placement, Spread, cpu_ns,
     dns::{ZONE, fresh, number_of, question},
-    place, print_table, quantile,
+    print_table, quantile,
     responder::reply,
 };
 use egress_tests::{DEADLINE, Lab, Pod, addresses::RESOLVER};
@@ -110,10 +110,8 @@ fn main() {
     lab.write_pod(&enforced, &[("allow", &format!("*.{ZONE}:443"))]);
     let agent = lab.start_agent(&[&enforced]);
 
-    let cpus = thread::available_parallelism().map_or(2, usize::from);
-    for apart in [true, false] {
-        place(Pid::from_raw(0), if apart { 0..1 } else { 0..cpus });
-        place(server, if apart { 1..2 } else { 0..cpus });
+    for placement in Placement::BOTH {
+        placement.place(&[server]);
         let (mut without, mut with) = (Variant::default(), Variant::default());
         latencies(&enforced);
         for round in 0..ROUNDS {
@@ -126,12 +124,8 @@ fn main() {
             }
         }
         println!(
-            "Client and server {}; {ROUNDS} rounds of {CONNECTIONS} connections with a question each:\n",
-            if apart {
-                "on a CPU each"
-            } else {
-                "where the scheduler puts them"
-            }
+            "{}: {ROUNDS} rounds of {CONNECTIONS} connections with a question each.\n",
+            placement.text()
         );
         let number = |numbers: &[f64]| Spread::of(numbers.iter().copied()).number("µs", 0);
         print_table(&[

@@ -16,7 +16,7 @@ pub(crate) mod objects;
 pub(crate) mod plot;
 pub(crate) mod responder;
 
-use std::{fs, ops::Range, time::Instant};
+use std::{fs, ops::Range, thread, time::Instant};
 
 use nix::{
     sched::{CpuSet, sched_setaffinity},
@@ -132,8 +132,58 @@ pub(crate) fn mib(kib: u64) -> String {
     format!("{:.1} MiB", kib as f64 / 1024.0)
 }
 
+/// Where a client and its server run.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Placement {
+    /// On a CPU each.
+    Apart,
+    /// Where the scheduler puts them.
+    Free,
+}
+
+impl Placement {
+    pub(crate) const BOTH: [Self; 2] = [Self::Apart, Self::Free];
+
+    /// Places this thread, as the client, and these threads as the server.
+    pub(crate) fn place(self, servers: &[Pid]) {
+        let all = 0..thread::available_parallelism().map_or(2, usize::from);
+        let (client, server) = match self {
+            Self::Apart => (0..1, 1..2),
+            Self::Free => (all.clone(), all),
+        };
+        pin(Pid::from_raw(0), client);
+        for thread in servers {
+            pin(*thread, server.clone());
+        }
+    }
+
+    pub(crate) fn text(self) -> &'static str {
+        match self {
+            Self::Apart => "client and server on a CPU each",
+            Self::Free => "client and server where the scheduler puts them",
+        }
+    }
+}
+
+/// Runs this many rounds of all variants, in which each variant follows each other one equally often.
+pub(crate) fn take_turns<T>(variants: &mut [T], rounds: usize, mut run: impl FnMut(&mut T)) {
+    let count = variants.len();
+    for round in 0..rounds {
+        for i in 0..count {
+            run(&mut variants[(round + i) % count]);
+        }
+    }
+}
+
+/// The ratios of a measurement of each variant to that of the first one.
+pub(crate) fn ratios<T>(variants: &[T], of: impl Fn(&T) -> &[f64]) -> Vec<Spread> {
+    let bare = of(&variants[0]);
+    let others = variants[1..].iter();
+    others.map(|it| Spread::of_ratios(of(it), bare)).collect()
+}
+
 /// Pins a thread, and the threads that it starts, to these CPUs.
-pub(crate) fn place(thread: Pid, cpus: Range<usize>) {
+fn pin(thread: Pid, cpus: Range<usize>) {
     let mut set = CpuSet::new();
     for cpu in cpus {
         set.set(cpu).expect("a CPU's number");

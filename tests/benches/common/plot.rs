@@ -32,9 +32,10 @@ impl Chart {
         }
     }
 
-    /// Adds rows under a heading: what was measured, and its ratio.
-    pub(crate) fn add(&mut self, heading: String, rows: Vec<(&'static str, Spread)>) {
-        self.groups.push((heading, rows));
+    /// Adds a heading and, below it, a row for each variant with its ratio.
+    pub(crate) fn add(&mut self, heading: &str, variants: &[&'static str], ratios: Vec<Spread>) {
+        let rows = variants.iter().copied().zip(ratios).collect();
+        self.groups.push((heading.to_owned(), rows));
     }
 
     /// Writes the chart to a file of this name in the build's directory, and prints its path.

@@ -17,17 +17,14 @@ fn write(server: &ApiServer, namespace: &str, [ports, external, endpoints]: [u32
     let address = |from: [u8; 4], number: u32| {
         IpAddr::from((u32::from_be_bytes(from) + number).to_be_bytes())
     };
-    let of = |target: &str| -> Value {
-        (1..=ports)
-            .map(
-                |number| json!({ "name": format!("p{number}"), target: number, "protocol": "TCP" }),
-            )
-            .collect()
+    let at = |port: fn(u32) -> u32| -> Value {
+        let one = |number| json!({ "name": format!("p{number}"), "port": port(number), "protocol": "TCP" });
+        (1..=ports).map(one).collect()
     };
     let external: Value = (0..external)
         .map(|number| json!(address([198, 18, 0, 0], number)))
         .collect();
-    let mut spec = json!({ "ports": of("port") });
+    let mut spec = json!({ "ports": at(|number| number) });
     if external != json!([]) {
         spec["externalIPs"] = external;
     }
@@ -35,14 +32,11 @@ fn write(server: &ApiServer, namespace: &str, [ports, external, endpoints]: [u32
     let addresses: Value = (0..endpoints)
         .map(|number| json!({ "ip": address([10, 1, 64, 0], number) }))
         .collect();
-    let behind: Value = (1..=ports)
-        .map(|number| json!({ "name": format!("p{number}"), "port": 53, "protocol": "TCP" }))
-        .collect();
     server.apply(&json!({
         "apiVersion": "v1",
         "kind": "Endpoints",
         "metadata": { "namespace": namespace, "name": "web" },
-        "subsets": [{ "addresses": addresses, "ports": behind }],
+        "subsets": [{ "addresses": addresses, "ports": at(|_| 53) }],
     }));
     ip.expect("a cluster IP")
 }

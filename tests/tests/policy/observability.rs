@@ -33,13 +33,28 @@ fn metrics_when(lab: &Lab, what: &str, is: impl Fn(&Metrics) -> bool) -> Metrics
     eventually(what, || Some(lab.metrics()).filter(|metrics| is(metrics)))
 }
 
-/// The denials of the audited pod of [`metrics_count_verdicts_and_messages`].
+/// The denials of the audited pod of [`counts_verdicts_and_messages`].
 const WOULD_DENY: &str = "egress_agent_denials_total\
     {event=\"would_deny\",namespace=\"other\",reason=\"address_not_learned\"}";
 
 #[test]
 fn metrics_count_verdicts_and_messages() {
-    let lab = served();
+    // The programs pass the query once its name is decided, and read the response.
+    counts_verdicts_and_messages("kernel", [1.0, 0.0]);
+}
+
+#[test]
+fn metrics_count_messages_that_the_agent_reads() {
+    counts_verdicts_and_messages("agent", [0.0, 1.0]);
+}
+
+/// With this `dns.learn`, so many queries and as many responses pass without the agent, and through it.
+#[track_caller]
+fn counts_verdicts_and_messages(learn: &str, [by_kernel, by_agent]: [f64; 2]) {
+    let lab = Lab::builder()
+        .config("http", HTTP)
+        .config("dns.learn", learn)
+        .build();
     let (_web, pod) = lab.shop_and_cart("shop.test:443");
     let audited = lab.pod("other", "cart");
     lab.write_pod(&audited, &[("allow", "shop.test:443"), ("mode", "audit")]);
@@ -75,12 +90,11 @@ fn metrics_count_verdicts_and_messages() {
         (mode("audit"), 1.0),
         (mode("off"), 1.0),
         (mode("missing"), 0.0),
-        // The programs pass the query once its name is decided, and read the response.
-        (passed("question"), 1.0),
-        (passed("answer"), 1.0),
-        (dns("question", "delivered"), 0.0),
+        (passed("question"), by_kernel),
+        (passed("answer"), by_kernel),
+        (dns("question", "delivered"), by_agent),
         (dns("question", "refused"), 1.0),
-        (dns("answer", "delivered"), 0.0),
+        (dns("answer", "delivered"), by_agent),
         (dns("question", "undeliverable"), 0.0),
         (dns("answer", "undeliverable"), 0.0),
         (
@@ -93,8 +107,11 @@ fn metrics_count_verdicts_and_messages() {
     ] {
         assert_eq!(metrics.get(&series), value, "{series}");
     }
-    // The queries were held to be decided, and their time is counted.
-    assert_eq!(metrics.get("egress_agent_dns_hold_seconds_count"), 2.0);
+    // The queries were held to be decided, and the response if the agent reads it. Their time is counted.
+    assert_eq!(
+        metrics.get("egress_agent_dns_hold_seconds_count"),
+        2.0 + by_agent
+    );
     assert!(metrics.get("egress_agent_dns_hold_seconds_sum") > 0.0);
     assert!(metrics.get("egress_agent_reconcile_seconds_count") >= 1.0);
     assert!(metrics.get("egress_agent_last_reconcile_timestamp_seconds") > 1e9);
